@@ -1,0 +1,51 @@
+# The two commands of the README, and the few that a contributor needs. Each makes .venv on a bare machine
+# and installs what it needs, once; the stamp files below say that this was done for today's pyproject.toml.
+#
+#   make test PYTHON=python3.12     use another Python (3.11 or newer)
+#   make test VENV=path/to/venv     use another virtual environment; what it already holds (your own build
+#                                   of torch, say) is kept if it is new enough
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test slow lint types clean
+.NOTPARALLEL:
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
+
+quickstart: $(VENV)/.hdcache-quickstart ## extract, distill and evaluate a small data set into quickstart-out/
+	@$(BIN)/hdcache quickstart --out quickstart-out
+
+# A finding of lint or types hides no test result: all three run, and any of them fails the command.
+test: $(VENV)/.hdcache-test ## lint, types, and the tests that take seconds
+	@failed=0; for step in lint types; do $(MAKE) --no-print-directory $$step || failed=1; done; \
+	$(BIN)/pytest -m "not slow" -n 2 || failed=1; exit $$failed
+
+slow: $(VENV)/.hdcache-test ## the tests that take minutes
+	@$(BIN)/pytest -m slow
+
+lint: $(VENV)/.hdcache-test ## ruff: rules and format
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(VENV)/.hdcache-test ## mypy, strict
+	@MYPY="$(abspath $(BIN)/mypy)" bash .ci/typecheck
+
+clean: ## remove caches and outputs (keeps .venv)
+	@rm -rf .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info quickstart-out
+	@find hdcache extract distill evaluate benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing a virtual environment gets, so a half-made one is made again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hdcache needs Python 3.11 or newer;\
+	 $(PYTHON) is $$($(PYTHON) --version 2>&1 || :). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv "$(VENV)"
+
+$(VENV)/.hdcache-%: pyproject.toml | $(BIN)/pip
+	@echo "installing hdcache[$*] into $(VENV) (once; torch is large)"
+	@$(PIP) install --editable ".[$*]"
+	@touch "$@"

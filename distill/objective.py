@@ -1,0 +1,121 @@
+"""The contract between a loss and the trainer, and the few pieces that every loss needs.
+
+Legend: B images, P prefix tokens (class, registers), N patch tokens, T = P + N, D width.
+
+An objective is a frozen record of settings (a part of the recipe) and holds no tensors. What it trains beside
+the student lives in the module that ``build`` returns; that module is thrown away when training ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hdcache.schema import TeacherCard
+from hdcache.taps import Tokens, forward_taps, num_blocks
+
+if TYPE_CHECKING:
+    from hdcache.loader import Batch
+
+Taps = Mapping[str, Tokens | Tensor]
+
+
+class Objective(Protocol):
+    """What the trainer asks of a loss."""
+
+    def parts(self) -> tuple[str, ...]:
+        """Names of the loss's parts: the keys that :meth:`loss` returns and that a recipe's ``weights`` may have."""
+
+    def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
+        """Teacher name -> names of the targets it must give for every row; empty when no teacher is needed.
+
+        Raises
+        ------
+        UsageError
+            when ``cards`` (teacher name -> card) lacks what is needed; the message says what there is.
+        """
+
+    def student_taps(self, depth: int) -> tuple[str, ...]:
+        """Taps of a student of ``depth`` blocks that the loss reads."""
+
+    def build(
+        self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
+    ) -> nn.Module:
+        """The modules trained beside ``student`` (projections, decoders; often none), on the CPU.
+
+        All initial weights come from ``generator``; the global generator is left alone. Every mismatch between
+        student, teachers and settings is a :class:`~hdcache.errors.UsageError` here, before the first step.
+        """
+
+    def forward(self, student: nn.Module, batch: Batch, heads: nn.Module, seed: int) -> Taps:
+        """Run the student on ``batch.images``; most objectives use :func:`plain_forward`.
+
+        ``seed`` is the run's; random masks are drawn from (seed, sample id, epoch).
+        """
+
+    def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
+        """Part name -> scalar float32. Gradient reaches the student and ``heads`` only, never a target.
+
+        ``heads`` is what :meth:`build` returned, not a wrapper around it.
+        """
+
+    def last_trained(self, depth: int) -> str:
+        """Tap of the deepest layer that training reaches and that may be used frozen: ``final`` or ``blockN.out``."""
+
+
+def plain_forward(objective: Objective, student: nn.Module, batch: Batch) -> Taps:
+    """The student's taps on the whole images, as ``objective.student_taps`` names them."""
+    return forward_taps(student, batch.images, objective.student_taps(num_blocks(student)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The token layout of a network."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patch tokens."""
+    prefix: int
+    """Class and register tokens."""
+    width: int
+    """Channels per token."""
+
+    def __str__(self) -> str:
+        return f"{self.grid[0]}x{self.grid[1]} patch + {self.prefix} prefix tokens"
+
+
+def student_layout(student: nn.Module) -> Layout:
+    """Token layout of a timm ViT."""
+    model: Any = student
+    rows, columns = model.patch_embed.grid_size
+    return Layout((int(rows), int(columns)), int(model.num_prefix_tokens), int(model.embed_dim))
+
+
+def teacher_layout(card: TeacherCard) -> Layout:
+    """Token layout of a stored teacher."""
+    return Layout(card.grid, card.prefix_tokens, card.width)
+
+
+def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear layer as MAE initialises them (Xavier-uniform, zero bias), drawn from ``generator`` alone."""
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+    initialise(layer, generator)
+    return layer
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Set the linear and norm layers inside ``module`` as MAE does (He et al. 2021, appendix A.1; TinyMIM A7).
+
+    Linear weights Xavier-uniform from ``generator``, biases 0, norms the identity; other parameters are untouched.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,282 @@
+"""From a store to a student: the story of ``hdcache distill``.
+
+    hdcache distill tinymim-tiny --store train.hdc --out runs/a
+
+With ``--online`` the teachers run in the loop through the same code: the baseline for every claim of the cache.
+Objectives without a teacher (``supervised``, ``mae``) need no store: ``--data folder:train``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from hdcache import draws
+from hdcache.backbones import save_student
+from hdcache.datasets import Dataset, open_dataset
+from hdcache.distill.changes import merge, nested_changes, validated
+from hdcache.distill.recipes import get_recipe, recipe_from_file
+from hdcache.distill.settings import Recipe
+from hdcache.distill.student import build_student, student_input
+from hdcache.distill.trainer import Outcome, Ranks, autocast_precision, train
+from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.loader import Loader, Options
+from hdcache.schema import TeacherCard, ViewSpec
+from hdcache.store import Store, write_lock
+from hdcache.taps import num_blocks
+from hdcache.target_sources import open_targets
+from hdcache.teachers import Teacher, choose_device, load_teacher, reload_teacher, split_name
+from hdcache.views import preset
+
+
+def distill(
+    recipe: str | Path | Recipe,
+    *,
+    out: str | Path,
+    store: str | Path | None = None,
+    data: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    online: bool = False,
+    teachers: Sequence[str] = (),
+    views: str | ViewSpec | None = None,
+    num_views: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Train a student and write it to ``out``; the same call again goes on where it stopped.
+
+    Parameters
+    ----------
+    recipe
+        name in ``hdcache recipes``, a JSON or YAML file, or a :class:`Recipe`.
+    store
+        where the teachers' targets are; optional for objectives without a teacher, and for ``online``.
+    data
+        data-set spec, when it is not (or no longer) where the store says, or when there is no store.
+    overrides
+        dotted recipe fields to change (``{"student.drop_path": 0.1}``).
+    online
+        run the teachers in the loop instead of reading their targets.
+    teachers
+        ``NAME=SPEC`` of live teachers; with a store, only for those whose weights have moved.
+    views, num_views
+        without a store: how views are drawn and how many distinct ones; with one: how many of its views to use.
+
+    Returns
+    -------
+    dict
+        what is also in ``out/run.json``: steps, seconds, samples per second, share of time waiting for data, loss.
+    """
+    plan = resolve(recipe, overrides)
+    folder = Path(out).expanduser()
+    ranks = join_ranks()
+    where = rank_device(choose_device(device), ranks)
+    opened = Store.open(store) if store is not None else None
+    dataset = open_data(opened, data)
+    spec = (
+        opened.card.views
+        if opened is not None
+        else (views if isinstance(views, ViewSpec) else preset(views or "mae", plan.seed))
+    )
+    live = live_teachers(opened, teachers, where) if online else {}
+    cards = teacher_cards(opened, live)
+    wanted = plan.objective.wants(cards)
+    if wanted and opened is None and not online:
+        raise UsageError(
+            f"recipe {plan.name!r} reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC"
+        )
+    student = build_student(plan.student, plan.seed)
+    last_trained = plan.objective.last_trained(num_blocks(student))
+    generator = torch.Generator().manual_seed(draws.integer_seed(plan.seed, "heads"))
+    heads = plan.objective.build(student, cards, len(dataset.card.classes), generator)
+    stored, running = open_targets(opened, wanted, live=live, device=where)
+    options = Options(
+        batch_size=plan.batch_size,
+        preprocessing=student_input(student),
+        seed=plan.seed,
+        buffer_rows=plan.buffer_rows,
+        jitter=(plan.jitter.brightness, plan.jitter.contrast, plan.jitter.saturation) if plan.jitter else None,
+        drop_last=ranks.world > 1,
+        rank=ranks.rank,
+        world=ranks.world,
+        threads=threads or default_threads(ranks),
+        device=where,
+    )
+    loader = Loader(
+        dataset,
+        options,
+        views=spec,
+        store=opened,
+        stored=stored,
+        live=running,
+        num_views=num_views,
+        teachers=list(wanted),
+    )
+    about = identity(plan, dataset, opened, loader, wanted, online)
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_lock(folder / f".lock-{ranks.rank}"):
+        if ranks.first:
+            (folder / "recipe.json").write_text(plan.model_dump_json(indent=1))
+        started = time.time()
+        outcome, averaged = train(
+            plan, plan.objective, student, heads, loader, folder, device=where, ranks=ranks, about=about, quiet=quiet
+        )
+        result = report(plan, outcome, dataset, opened, about, loader, where, started, last_trained)
+        if ranks.first:
+            arguments = plan.student.arguments
+            facts = {"recipe": plan.model_dump(mode="json"), "trained_from": about}
+            for name, model in (("", student), ("ema", averaged)):
+                if model is not None:
+                    save_student(
+                        folder / name,
+                        model,
+                        plan.student.architecture,
+                        arguments,
+                        options.preprocessing,
+                        last_trained,
+                        facts,
+                    )
+            (folder / "run.json").write_text(json.dumps(result, indent=1))
+    leave_ranks(ranks)
+    return result
+
+
+def resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None) -> Recipe:
+    """A recipe from a name, a file or a record, with single fields changed."""
+    if isinstance(recipe, Recipe):
+        return validated(merge(recipe.model_dump(mode="json"), nested_changes(overrides or {})), "recipe")
+    if isinstance(recipe, Path) or str(recipe).endswith((".json", ".yaml", ".yml")):
+        return recipe_from_file(Path(recipe), overrides or {})
+    return get_recipe(recipe, overrides or {})
+
+
+def open_data(store: Store | None, data: str | None) -> Dataset:
+    """The data set of a store, wherever it is now; or the one that ``data`` names."""
+    if store is None:
+        if data is None:
+            raise UsageError(
+                "nothing to train on; give --store STORE, or --data DATA for an objective without a teacher"
+            )
+        return open_dataset(data)
+    spec = data or store.card.dataset.spec
+    try:
+        dataset = open_dataset(spec, classes=store.card.dataset.classes)
+    except InputNotFound as error:
+        raise InputNotFound(f"{error}; if the data set has moved, say where with --data") from None
+    if dataset.card.fingerprint != store.card.dataset.fingerprint:
+        raise StoreMismatch(
+            f"{spec} is not the data set that {store.path} was made from ({dataset.card.count} samples, fingerprint "
+            f"{dataset.card.fingerprint[:12]}..., expected {store.card.dataset.count}, {store.card.dataset.fingerprint[:12]}...)"
+        )
+    return dataset
+
+
+def live_teachers(store: Store | None, specs: Sequence[str], device: torch.device) -> dict[str, Teacher]:
+    """Teachers to run in the loop: all of the store's (from where it found them, or from ``specs``), or those of ``specs``."""
+    named = dict(split_name(spec) for spec in specs)
+    if store is None:
+        if not named:
+            raise UsageError("--online without a store needs the teachers: --teacher NAME=SPEC")
+        return {name: load_teacher(f"{name}={spec}", device=device) for name, spec in named.items()}
+    return {name: reload_teacher(store.teacher(name), named.get(name), device) for name in store.teachers()}
+
+
+def teacher_cards(store: Store | None, live: Mapping[str, Teacher]) -> dict[str, TeacherCard]:
+    """Cards by teacher name: what an objective chooses its targets from."""
+    cards = {name: store.teacher(name).card for name in store.teachers()} if store is not None else {}
+    return cards | {name: teacher.card for name, teacher in live.items()}
+
+
+def identity(
+    recipe: Recipe,
+    dataset: Dataset,
+    store: Store | None,
+    loader: Loader,
+    wanted: Mapping[str, Sequence[str]],
+    online: bool,
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was stopped."""
+    manifests = {
+        reader.name: {str(view): reader.manifest(view).digest() for view in loader.views} for reader in loader.readers
+    }
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"log_every", "save_every_epochs"}),
+        "dataset": dataset.card.fingerprint,
+        "targets": {name: list(targets) for name, targets in wanted.items()},
+        "manifests": manifests,
+        "online": online,
+        "views": loader.spec.model_dump(mode="json"),
+        "num_views": len(loader.views),
+    }
+
+
+def report(
+    recipe: Recipe,
+    outcome: Outcome,
+    dataset: Dataset,
+    store: Store | None,
+    about: Mapping[str, Any],
+    loader: Loader,
+    device: torch.device,
+    started: float,
+    last_trained: str,
+) -> dict[str, Any]:
+    """The JSON-able record of the run."""
+    return {
+        "recipe": recipe.name,
+        "epochs": recipe.epochs,
+        **asdict(outcome),
+        "device": str(device),
+        "amp": str(autocast_precision(recipe, device)),
+        "store": str(store.path) if store else None,
+        "data": dataset.card.model_dump(mode="json", exclude={"classes"}),
+        "online": about["online"],
+        "targets": about["targets"],
+        "dropped": loader.dropped,
+        "last_trained": last_trained,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "host": platform.node(),
+        "versions": {name: version(name) for name in ("hdcache", "torch", "timm", "zarr", "numpy")},
+    }
+
+
+def join_ranks() -> Ranks:
+    """Join the processes that torchrun started; a lone process joins nothing."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend)
+    return Ranks(torch.distributed.get_rank(), world)
+
+
+def leave_ranks(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def rank_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """Each rank of a machine takes its own GPU."""
+    if device.type == "cuda" and ranks.world > 1:
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local)
+        return local
+    return device
+
+
+def default_threads(ranks: Ranks) -> int:
+    """Decoding threads: the cores of this machine shared among its ranks, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)))))

@@ -1,0 +1,103 @@
+"""The saved state of a run: one safetensors file, written whole, from which the run goes on to the bit.
+
+Every random choice is a function of (seed, sample id, epoch), so weights, optimizer moments and the position
+(epoch, next batch, step) are all there is to save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hdcache.errors import StoreMismatch
+from hdcache.schema import differences
+
+STATE_FILE = "state.safetensors"
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Next batch of ``epoch``."""
+    step: int = 0
+    """Optimizer steps taken."""
+    seconds: float = 0.0
+    """Training seconds so far, over all sessions."""
+
+
+def save_state(
+    folder: Path,
+    position: Position,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    about: dict[str, Any],
+) -> None:
+    """Write the state; ``names`` are the optimizer's parameters in its own order, ``about`` is what must match on resume."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in modules.items():
+        tensors |= {f"{prefix}/{key}": value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().contiguous()
+    metadata = {"position": json.dumps(vars(position)), "about": json.dumps(about, sort_keys=True)}
+    path = folder / STATE_FILE
+    # Buffers shared between modules would be refused by safetensors; a copy of each tensor is small beside training.
+    save_file({key: value.clone() for key, value in tensors.items()}, f"{path}.partial", metadata=metadata)
+    with open(f"{path}.partial", "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(f"{path}.partial", path)
+
+
+def load_state(
+    folder: Path,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    about: dict[str, Any],
+) -> Position | None:
+    """Restore a saved state; None where there is none.
+
+    Raises
+    ------
+    StoreMismatch
+        when the state was written by a run with other settings or targets, naming the fields.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            saved = json.loads(metadata["about"])
+            lines = differences(json.loads(json.dumps(about)), saved)
+            if lines:
+                raise StoreMismatch(
+                    f"{path} belongs to a run with other settings ({'; '.join(lines[:6])}); repeat them, or give --out another folder"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StoreMismatch(f"{path}: not a readable state ({error}); delete it to start again") from None
+    for prefix, module in modules.items():
+        module.load_state_dict(
+            {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        for kind in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"optimizer/{kind}/{name}")
+            if value is not None:
+                optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+    return Position(**json.loads(metadata["position"]))

@@ -1,0 +1,93 @@
+"""The network that is trained: a timm ViT with the initial weights, positions and drop path of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hdcache import draws
+from hdcache.backbones import create_vit
+from hdcache.distill.mae import sincos_positions
+from hdcache.distill.objective import initialise
+from hdcache.distill.settings import StudentSpec
+from hdcache.errors import UsageError
+from hdcache.schema import Preprocessing
+
+
+def build_student(spec: StudentSpec, seed: int) -> nn.Module:
+    """A timm VisionTransformer without classifier, its weights a function of (spec, seed) alone.
+
+    Raises
+    ------
+    UsageError
+        for an unknown architecture, arguments that do not fit, or an input that is not square.
+    """
+    model: Any = create_vit(
+        spec.architecture, dict(spec.arguments) | {"num_classes": 0}, seed=draws.integer_seed(seed, "student")
+    )
+    if spec.init == "mae":
+        generator = torch.Generator().manual_seed(draws.integer_seed(seed, "student-mae"))
+        initialise(model, generator)
+        projection = model.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.data.view(projection.shape[0], -1), generator=generator)
+        for token in (model.cls_token, getattr(model, "reg_token", None)):
+            if token is not None:
+                nn.init.normal_(token, std=0.02, generator=generator)
+    if spec.sincos_positions:
+        _fix_positions(model)
+    depth = len(model.blocks)
+    for index, block in enumerate(model.blocks):
+        rate = spec.drop_path if spec.drop_path_schedule == "constant" else spec.drop_path * index / max(1, depth - 1)
+        if index == depth - 1 and not spec.drop_path_last_block:
+            rate = 0.0
+        block.drop_path1, block.drop_path2 = (KeyedDropPath(rate) if rate else nn.Identity() for _ in range(2))
+    return model  # type: ignore[no-any-return]
+
+
+def student_input(model: nn.Module) -> Preprocessing:
+    """The student's input: its own size, ImageNet's mean and std."""
+    height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    if height != width:
+        raise UsageError(
+            f"the student's input is {height}x{width} pixels; only square inputs are supported, set student.arguments.img_size"
+        )
+    return Preprocessing(size=int(height))
+
+
+def _fix_positions(model: Any) -> None:
+    """Fixed 2-D sine-cosine position embedding (He et al. 2021; TinyMIM A7), zero for prefix tokens."""
+    grid = tuple(model.patch_embed.grid_size)
+    table = sincos_positions(int(model.embed_dim), (int(grid[0]), int(grid[1])))
+    embedding = torch.cat([table.new_zeros(model.pos_embed.shape[1] - len(table), table.shape[1]), table])
+    model.pos_embed = nn.Parameter(embedding.unsqueeze(0), requires_grad=False)
+
+
+class KeyedDropPath(nn.Module):
+    """Stochastic depth whose choices are set from outside, so that they are functions of (seed, sample id, epoch)."""
+
+    keep: Tensor | None = None
+    """bool [B] for the next forward; None keeps every path."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B, T, D] with dropped samples zeroed and the others scaled by 1 / (1 - rate)."""
+        if not self.training or self.keep is None:
+            return x
+        return x * (self.keep.to(x.dtype) / (1 - self.rate)).view(-1, *[1] * (x.ndim - 1))
+
+
+def set_drop_paths(model: nn.Module, ids: Sequence[str], seed: int, epoch: int) -> None:
+    """Draw, for the next forward of a batch of ``ids``, which paths are dropped."""
+    layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
+    if not layers:
+        return
+    numbers = torch.from_numpy(draws.uniform_rows(len(layers), [(seed, name, epoch, "drop-path") for name in ids]))
+    device = next(model.parameters()).device
+    for index, layer in enumerate(layers):
+        layer.keep = (numbers[:, index] >= layer.rate).to(device)

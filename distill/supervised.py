@@ -1,0 +1,91 @@
+"""Plain supervised training: cross-entropy of a linear head. It needs labels and no teacher.
+
+The quickstart trains one of its own teachers with it; it is also the "from scratch" line of a comparison.
+
+Legend: B images, N patch tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hdcache.distill.objective import Taps, linear, plain_forward, student_layout
+from hdcache.errors import UsageError
+from hdcache.schema import Record, TeacherCard
+from hdcache.taps import Tokens
+
+if TYPE_CHECKING:
+    from hdcache.loader import Batch
+
+
+class Supervised(Record):
+    """Settings of supervised training; the objective itself."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    kind: Literal["supervised"] = "supervised"
+    """Which objective this is."""
+    pool: Literal["class-token", "mean"] = "class-token"
+    """What the linear head reads, after the last norm: the class token, or the mean of the patch tokens."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the target probability that is spread over all classes (0.1 in TinyMIM A9's fine-tuning)."""
+
+    def parts(self) -> tuple[str, ...]:
+        """``cross_entropy``."""
+        return ("cross_entropy",)
+
+    def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
+        """Nothing: there is no teacher."""
+        return {}
+
+    def student_taps(self, depth: int) -> tuple[str, ...]:
+        """``final``."""
+        return ("final",)
+
+    def last_trained(self, depth: int) -> str:
+        """``final``."""
+        return "final"
+
+    def build(
+        self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
+    ) -> nn.Linear:
+        """One linear layer from the student's width to ``num_classes``."""
+        if num_classes < 2:
+            raise UsageError(
+                f"objective 'supervised' needs labels of at least 2 classes, but the data set has {num_classes}; "
+                "use a labelled data set (one folder per class) or an objective that needs no labels, such as 'mae'"
+            )
+        layout = student_layout(student)
+        if self.pool == "class-token" and not layout.prefix:
+            raise UsageError("objective.pool is 'class-token', which the student lacks; set objective.pool=mean")
+        return linear(layout.width, num_classes, generator)
+
+    def forward(self, student: nn.Module, batch: Batch, heads: nn.Module, seed: int) -> Taps:
+        """The plain forward."""
+        return plain_forward(self, student, batch)
+
+    def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
+        """Cross-entropy in nats, mean over the batch.
+
+        Raises
+        ------
+        UsageError
+            if a sample of the batch has no label (-1).
+        """
+        unlabelled = (batch.labels < 0).nonzero()
+        if len(unlabelled):
+            raise UsageError(
+                f"sample {batch.ids[int(unlabelled[0])]!r} has no label, but objective 'supervised' needs one for "
+                "every sample; remove unlabelled samples from the data set or use an objective that needs no labels"
+            )
+        tokens = taps["final"]
+        assert isinstance(tokens, Tokens)  # noqa: S101  # programmer invariant
+        pooled = tokens.prefix[:, 0] if self.pool == "class-token" else tokens.patches.mean(1)
+        logits = heads(pooled).float()
+        return {"cross_entropy": cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)}

@@ -1,0 +1,337 @@
+"""The training loop: schedules, steps, log, saved states. It never mentions an objective by name.
+
+Deliberately not here: evaluation (run ``hdcache knn-eval`` on the result), and any choice that a recipe should make.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from hdcache import stopping
+from hdcache.distill.objective import Objective
+from hdcache.distill.schedules import ema_momentum, learning_rate, weight_decay
+from hdcache.distill.settings import Recipe
+from hdcache.distill.state import Position, load_state, save_state
+from hdcache.distill.student import set_drop_paths
+from hdcache.errors import HdcacheError
+from hdcache.loader import Batch, Loader
+from hdcache.progress import Progress
+from hdcache.taps import Tokens
+from hdcache.teachers import choose_precision
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together (torchrun's environment)."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+class Step(nn.Module):
+    """Student, heads and loss as one module, so that DistributedDataParallel sees every gradient."""
+
+    def __init__(self, objective: Objective, student: nn.Module, heads: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.objective, self.student, self.heads, self.seed = objective, student, heads, seed
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        taps = self.objective.forward(self.student, batch, self.heads, self.seed)
+        return self.objective.loss(batch, taps, self.heads)
+
+
+@dataclass
+class Outcome:
+    """What a training run did."""
+
+    steps: int
+    seconds: float
+    """Training seconds over all sessions."""
+    samples_per_second: float
+    """Of this session."""
+    wait_share: float
+    """Share of this session's time that was spent waiting for data."""
+    loss: float
+    """Mean loss of the last logged interval."""
+    resumed_at: int
+    """Step at which this session started."""
+
+
+def train(
+    recipe: Recipe,
+    objective: Objective,
+    student: nn.Module,
+    heads: nn.Module,
+    loader: Loader,
+    folder: Path,
+    *,
+    device: torch.device,
+    ranks: Ranks,
+    about: dict[str, Any],
+    quiet: bool,
+) -> tuple[Outcome, nn.Module | None]:
+    """Train ``student`` in place for ``recipe.epochs``; returns the outcome and the averaged student, if asked for.
+
+    ``about`` is saved with the state, and a resumed run must bring the same.
+
+    Raises
+    ------
+    HdcacheError
+        when the loss is not finite (the last saved state stays), or a signal asked for a stop (state saved).
+    """
+    step_module = Step(objective, student, heads, recipe.seed).to(device).train()
+    averaged = copy.deepcopy(student).eval().requires_grad_(False) if recipe.ema is not None else None
+    optimizer, names = build_optimizer(step_module, recipe)
+    modules: dict[str, nn.Module] = {"student": student, "heads": heads} | (
+        {"ema": averaged} if averaged is not None else {}
+    )
+    position = load_state(folder, modules, optimizer, names, about) or Position()
+    wrapped: nn.Module = step_module
+    if ranks.world > 1:
+        # An objective may leave a part of the student without gradient (TinyMIM's last block).
+        wrapped = nn.parallel.DistributedDataParallel(
+            step_module, device_ids=[device.index or 0] if device.type == "cuda" else None, find_unused_parameters=True
+        )
+    per_epoch = loader.batches_per_epoch()
+    total = recipe.epochs * per_epoch
+    warmup = round(recipe.warmup_epochs * per_epoch)
+    precision = autocast_precision(recipe, device)
+    weights = recipe.loss_weights()
+    log = Log(folder, ranks, recipe.log_every, first_step=position.step)
+    resumed_at, started, waited = position.step, time.monotonic(), loader.waited
+    before = position.seconds
+
+    def save() -> None:
+        position.seconds = before + time.monotonic() - started
+        if ranks.first:
+            save_state(folder, position, modules, optimizer, names, about)
+
+    with Progress("distill", total * recipe.batch_size, "samples", quiet=quiet or not ranks.first) as bar:
+        bar.skip(position.step * recipe.batch_size)
+        while position.epoch < recipe.epochs:
+            for batch in loader.epoch(position.epoch, position.batch):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(position.step, total, warmup, recipe.peak_lr(), recipe.min_lr)
+                    if group["decays"]:
+                        group["weight_decay"] = weight_decay(
+                            position.step, total, recipe.weight_decay, recipe.weight_decay_end
+                        )
+                parts = one_step(wrapped, student, optimizer, batch, recipe, weights, precision, device)
+                if averaged is not None:
+                    update_average(
+                        averaged, student, ema_momentum(position.step, total, recipe.ema or 0.0, recipe.ema_end)
+                    )
+                position.step += 1
+                position.batch += 1
+                session = time.monotonic() - started
+                share = (loader.waited - waited) / max(session, 1e-9)
+                line = log.add(position, parts, optimizer.param_groups[0], recipe.batch_size, share)
+                bar.advance(
+                    recipe.batch_size,
+                    f"loss {line:.4f}  waiting for data {100 * share:.0f} %" if line is not None else "",
+                )
+                if stop_asked(ranks, position.step, recipe.log_every):
+                    save()
+                    raise stopping.stop(f"epoch {position.epoch}, step {position.step} saved in {folder}")
+            position.epoch, position.batch = position.epoch + 1, 0
+            if position.epoch % recipe.save_every_epochs == 0 or position.epoch == recipe.epochs:
+                save()
+    log.close()
+    session = max(time.monotonic() - started, 1e-9)
+    done = position.step - resumed_at
+    return Outcome(
+        position.step,
+        position.seconds,
+        done * recipe.batch_size / session,
+        (loader.waited - waited) / session,
+        log.mean,
+        resumed_at,
+    ), averaged
+
+
+def one_step(
+    wrapped: nn.Module,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    recipe: Recipe,
+    weights: dict[str, float],
+    precision: torch.dtype | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """One optimizer step on one (local) batch, in ``recipe.accumulate`` pieces; returns the parts of the loss, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    pieces = list(split(batch, recipe.accumulate))
+    for number, piece in enumerate(pieces):
+        set_drop_paths(student, piece.ids, recipe.seed, piece.epoch)
+        share = len(piece.ids) / len(batch.ids)
+        last = number == len(pieces) - 1
+        sync = (
+            nullcontext() if last or not isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped.no_sync()
+        )
+        with sync:
+            with torch.autocast(device.type, precision) if precision is not None else nullcontext():
+                parts = wrapped(piece)
+                loss = sum((weights[name] * value for name, value in parts.items()), torch.zeros((), device=device))
+            (loss * share).backward()
+        for name, value in parts.items() | {("loss", loss)}:
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() * share
+    if recipe.clip_grad is not None:
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), recipe.clip_grad)
+    optimizer.step()
+    return sums
+
+
+def split(batch: Batch, pieces: int) -> Iterator[Batch]:
+    """Consecutive pieces of a batch, of equal length where it divides."""
+    length = len(batch.ids)
+    for number in range(min(pieces, length)):
+        part = slice(length * number // pieces, length * (number + 1) // pieces)
+        if part.stop == part.start:
+            continue
+        targets = {
+            teacher: {name: _cut(value, part) for name, value in values.items()}
+            for teacher, values in batch.targets.items()
+        }
+        yield replace(batch, images=batch.images[part], ids=batch.ids[part], labels=batch.labels[part], targets=targets)
+
+
+def _cut(value: Tokens | Tensor, part: slice) -> Tokens | Tensor:
+    return value[part] if isinstance(value, Tensor) else Tokens(value.prefix[part], value.patches[part])
+
+
+def build_optimizer(module: nn.Module, recipe: Recipe) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW with no weight decay on norms, biases, tokens and positions; and the parameters' names in its order."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    plain = ("cls_token", "reg_token", "pos_embed", "mask_token")
+    decayed = [(n, p) for n, p in trained if p.ndim > 1 and not n.endswith(plain)]
+    others = [(n, p) for n, p in trained if p.ndim <= 1 or n.endswith(plain)]
+    groups = [
+        {"params": [p for _, p in decayed], "weight_decay": recipe.weight_decay, "decays": True},
+        {"params": [p for _, p in others], "weight_decay": 0.0, "decays": False},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas), [name for name, _ in decayed + others]
+
+
+def autocast_precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the recipe's ``amp`` asks for it and the device computes in it; None is float32."""
+    if recipe.amp == "off":
+        return None
+    if recipe.amp == "bf16" or choose_precision("auto", device) == "bf16":
+        return torch.bfloat16
+    return None
+
+
+@torch.no_grad()
+def update_average(averaged: nn.Module, student: nn.Module, momentum: float) -> None:
+    """averaged <- momentum * averaged + (1 - momentum) * student, parameter by parameter."""
+    for mean, value in zip(averaged.parameters(), student.parameters(), strict=True):
+        mean.lerp_(value.detach(), 1 - momentum)
+
+
+def stop_asked(ranks: Ranks, step: int, every: int) -> bool:
+    """Whether any rank was asked to stop; several ranks agree on it at log steps only, to stay in step."""
+    if ranks.world == 1:
+        return stopping.requested()
+    if step % every:
+        return False
+    flag = torch.tensor(float(stopping.requested()))
+    if torch.distributed.get_backend() == "nccl":
+        flag = flag.cuda()
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+class Log:
+    """``metrics.jsonl`` (and TensorBoard where it is installed): one line every ``log_every`` steps."""
+
+    def __init__(self, folder: Path, ranks: Ranks, every: int, *, first_step: int) -> None:
+        self._every, self._ranks = every, ranks
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._since = time.monotonic()
+        self.mean = math.nan
+        self._board: Any = None
+        self._file: Any = None
+        if ranks.first:
+            path = folder / "metrics.jsonl"
+            forget_after(path, first_step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+            self._board = tensorboard(folder)
+
+    def add(
+        self, position: Position, parts: dict[str, Tensor], group: dict[str, Any], batch_size: int, wait_share: float
+    ) -> float | None:
+        """Count a step; at the end of an interval write its means and return the mean loss."""
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._count += 1
+        if position.step % self._every and position.step != 1:
+            return None
+        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        now = time.monotonic()
+        entry = {
+            "epoch": position.epoch,
+            "step": position.step,
+            **{name: means[name] for name in sorted(means)},
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "samples_per_second": round(self._count * batch_size / max(now - self._since, 1e-9), 1),
+            "wait_share": round(wait_share, 4),
+        }
+        self._sums, self._count, self._since, self.mean = {}, 0, now, means["loss"]
+        if not math.isfinite(self.mean):
+            raise HdcacheError(
+                f"the loss is {self.mean} at step {position.step}; the last saved state is kept: lower the learning rate "
+                "(--set lr=...), set clip_grad, or turn mixed precision off (--set amp=off), in a new --out folder"
+            )
+        if self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in entry.items():
+                self._board.add_scalar(f"train/{name}", value, position.step)
+        return self.mean
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run takes again."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text().splitlines() if line.strip() and json.loads(line)["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(partial, path)
+
+
+def tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer, or None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))  

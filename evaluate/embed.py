@@ -1,0 +1,204 @@
+"""Frozen features of a labelled data set: decode and render in threads, forward in the main one."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hdcache.backbones import Backbone, normalize
+from hdcache.datasets import Dataset, decode
+from hdcache.errors import InputNotFound, UnreadableImage, UsageError
+from hdcache.schema import Preprocessing
+from hdcache.taps import Tokens, forward_taps, parse_tap
+from hdcache.views import center_box, render
+
+POOLS = ("cls", "mean", "cls+mean")
+FRACTION = 0.875
+"""Side of the centre crop over the shorter side: 224 / 256, as in DINO's evaluation."""
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, samples in all)."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """One feature row for each image that could be read, in the data set's order."""
+
+    ids: tuple[str, ...]
+    features: NDArray[np.float32]
+    """[N, D], not normalised."""
+    labels: NDArray[np.int64]
+    """[N], indices into ``classes``; -1 where a sample has none."""
+    classes: tuple[str, ...]
+    layer: str
+    layer_is_default: bool
+    """True where ``layer`` was not asked for but is the deepest layer that training reached."""
+    pool: str
+    failed: dict[str, str]
+    """Id -> reason, for images that could not be read; they have no row."""
+
+
+def embed(
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    layer: str | None = None,
+    pool: str | None = None,
+    device: str = "cpu",
+    batch_size: int = 64,
+    threads: int | None = None,
+    fraction: float = FRACTION,
+    progress: Progress | None = None,
+) -> Features:
+    """Run ``backbone`` over ``dataset`` and pool one layer's tokens into features float32 [N, D], in fp32.
+
+    Parameters
+    ----------
+    layer
+        ``final`` or ``blockN.out`` (1-based); None is the deepest layer that training reached. Like DINO's
+        ``get_intermediate_layers``, a block's output passes the model's final norm. Where training never reached that
+        norm it is still at its identity initialisation, hence a plain LayerNorm.
+    pool
+        ``cls``, ``mean`` (of the patch tokens; class and register tokens left out) or ``cls+mean`` (each part
+        l2-normalised, then side by side: D is twice the width); None is ``cls`` for a model that has a class token.
+    threads
+        decoders; by default one for each core. At most two batches are decoded ahead.
+    fraction
+        side of the centre crop as a share of the image's shorter side. There is no flip.
+
+    An image that cannot be read goes to ``failed``; no other takes its place.
+
+    Raises
+    ------
+    UsageError
+        for a layer or pool that this model does not have, or sizes below 1.
+    InputNotFound
+        if no image at all could be read.
+    """
+    chosen = backbone.last_trained if layer is None else layer
+    check_layer(backbone.model, chosen)
+    pool = check_pool(backbone.model, pool)
+    for name, value in (("batch_size", batch_size), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: expected at least 1, found {value}")
+    readers = threads or os.cpu_count() or 1
+    rows: list[Tensor] = []
+    kept: list[int] = []
+    failed: dict[str, str] = {}
+    model, was_training = backbone.model.to(device), backbone.model.training
+    model.eval()
+    try:
+        rendered = _render_ahead(dataset, backbone.preprocessing, fraction, readers, 2 * batch_size)
+        while batch := list(islice(rendered, batch_size)):
+            start = len(kept) + len(failed)
+            images = []
+            for index, result in enumerate(batch, start):
+                if isinstance(result, str):
+                    failed[dataset.ids[index]] = result
+                else:
+                    kept.append(index)
+                    images.append(result)
+            if images:
+                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+                rows.append(_features(model, normalize(pixels, backbone.preprocessing), chosen, pool))
+            if progress is not None:
+                progress(start + len(batch), len(dataset.ids))
+    finally:
+        model.train(was_training)
+    if not rows:
+        raise InputNotFound(
+            f"{dataset.card.spec}: expected readable images, found none among {len(dataset.ids)} samples "
+            f"(first: {next(iter(failed.items()), 'no samples')}); check the path and the files"
+        )
+    return Features(
+        ids=tuple(dataset.ids[index] for index in kept),
+        features=torch.cat(rows).numpy(),
+        labels=np.asarray(dataset.labels, np.int64)[kept],
+        classes=dataset.card.classes,
+        layer=chosen,
+        layer_is_default=layer is None,
+        pool=pool,
+        failed=failed,
+    )
+
+
+def check_layer(model: nn.Module, layer: str) -> None:
+    """:class:`UsageError` unless ``layer`` is ``final`` or the output of one of the model's blocks."""
+    depth = len(model.blocks)  # type: ignore[arg-type]  # nn.Module's attributes are untyped
+    if parse_tap(layer, depth).what not in ("final", "out"):
+        raise UsageError(
+            f"layer {layer!r}: expected 'final' or 'blockN.out' with N from 1 to {depth}; use --layer final"
+        )
+
+
+def check_pool(model: nn.Module, pool: str | None) -> str:
+    """``pool``, or the model's default; :class:`UsageError` if the model cannot be pooled so."""
+    has_class_token = bool(model.has_class_token)
+    if pool is None:
+        return "cls" if has_class_token else "mean"
+    if pool not in POOLS:
+        raise UsageError(f"pool {pool!r}: expected one of {', '.join(POOLS)}")
+    if "cls" in pool and not has_class_token:
+        raise UsageError(f"pool {pool!r}: the model has no class token; use --pool mean")
+    return pool
+
+
+@torch.inference_mode()
+def _features(model: nn.Module, images: Tensor, layer: str, pool: str) -> Tensor:
+    """Pooled features [B, D] (or [B, 2 D]), float32 on the CPU."""
+    with torch.autocast(images.device.type, enabled=False):
+        tokens = forward_taps(model, images, [layer])[layer]
+        assert isinstance(tokens, Tokens)  # noqa: S101  # check_layer admits token taps only
+        if layer != "final":
+            tokens = Tokens(model.norm(tokens.prefix), model.norm(tokens.patches))  # type: ignore[operator]
+    parts = [tokens.prefix[:, 0]] if "cls" in pool else []
+    parts += [tokens.patches.mean(dim=1)] if "mean" in pool else []
+    # Models that pool by averaging carry their final norm after the pooling; in all others this is the identity.
+    parts = [model.fc_norm(part) for part in parts]  # type: ignore[operator]
+    if len(parts) > 1:
+        parts = [functional.normalize(part, dim=-1) for part in parts]
+    return torch.cat(parts, dim=-1).float().cpu()
+
+
+def _render_ahead(
+    dataset: Dataset, preprocessing: Preprocessing, fraction: float, threads: int, ahead: int
+) -> Iterator[NDArray[np.uint8] | str]:
+    """Pixels uint8 [S, S, 3] of every sample in order, or the reason why there are none; at most ``ahead`` waiting."""
+
+    def pixels(sample_id: str) -> NDArray[np.uint8] | str:
+        try:
+            image = decode(dataset.read(sample_id))
+        except (UnreadableImage, OSError) as error:
+            return str(error) or type(error).__name__
+        box = center_box(image.width, image.height, fraction)
+        return render(image, box, False, preprocessing.size, preprocessing.interpolation)
+
+    yield from _in_order(pixels, dataset.ids, threads, ahead)
+
+
+def _in_order(
+    work: Callable[[str], NDArray[np.uint8] | str], ids: Sequence[str], threads: int, ahead: int
+) -> Iterator[NDArray[np.uint8] | str]:
+    waiting: deque[Future[NDArray[np.uint8] | str]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            for sample_id in ids:
+                waiting.append(pool.submit(work, sample_id))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            # An interrupted caller should not wait for images that nobody will look at.
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,281 @@
+"""Teachers run once, rows are stored: the story of ``hdcache extract``.
+
+    hdcache extract folder:train --store train.hdc --teacher dino=timm:vit_small_patch14_dinov2.lvd142m
+
+The same command again finishes what is missing, retries rows that failed, and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hdcache.datasets import Dataset, open_dataset
+from hdcache.encodings import Encoder, request
+from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.extract.calibrate import calibrate, write_record
+from hdcache.extract.engine import Pipeline, Timing
+from hdcache.extract.writer import ViewWriter
+from hdcache.progress import Progress, size
+from hdcache.reader import TeacherReader
+from hdcache.schema import StoreCard, TapRequest, TeacherRecord, ViewSpec, differences
+from hdcache.store import Store, write_lock
+from hdcache.teachers import Teacher, choose_device, load_teacher, split_name
+from hdcache.views import preset
+
+
+@dataclass
+class ExtractSummary:
+    """What an extraction did."""
+
+    store: str
+    teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per teacher: rows written now, rows in all, bytes, seconds, rows per second, bottleneck, taps, manifests."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Sample id -> reason."""
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def extract(
+    data: str | None = None,
+    *,
+    store: str | Path,
+    teachers: Sequence[str],
+    taps: Sequence[str] = (),
+    views: str | ViewSpec | None = None,
+    num_views: int = 1,
+    view_seed: int = 0,
+    encoding: str | None = None,
+    fidelity: float | None = None,
+    img_size: int | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    batch: int = 32,
+    threads: int | None = None,
+    rows_per_shard: int = 256,
+    max_failures: int | None = None,
+    quiet: bool = True,
+) -> ExtractSummary:
+    """Run ``teachers`` over ``data`` and write their taps to ``store``.
+
+    Parameters
+    ----------
+    data
+        data-set spec (:mod:`hdcache.datasets`); may be left out when the store exists and the data has not moved.
+    teachers
+        ``NAME=SPEC`` or ``SPEC`` of :mod:`hdcache.backbones`.
+    taps
+        tap names (:mod:`hdcache.taps`); by default the ``attn_in`` of TinyMIM's target block, and ``final``.
+    views
+        a preset name of :mod:`hdcache.views` or a :class:`ViewSpec`; ``mae`` for a new store.
+    num_views
+        views per sample; more can be added by a later call.
+    encoding, fidelity
+        see :mod:`hdcache.encodings`; klt at 5 % relative RMSE by default.
+    batch
+        images per forward pass; a rerun uses the number that the teacher was started with.
+    max_failures
+        stop when more images than this cannot be read; None never stops.
+
+    Raises
+    ------
+    HdcacheError
+        one of :mod:`hdcache.errors`, each saying what to do.
+    """
+    if num_views < 1:
+        raise UsageError(f"num_views {num_views} must be at least 1")
+    if not teachers:
+        raise UsageError(
+            "no teacher given; say --teacher NAME=SPEC, for example --teacher dino=timm:vit_small_patch14_dinov2.lvd142m"
+        )
+    where = choose_device(device)
+    workers = threads or available_cores()
+    dataset, opened = open_or_create(data, Path(store).expanduser(), views, view_seed, rows_per_shard)
+    summary = ExtractSummary(str(opened.path))
+    for spec in teachers:
+        name = split_name(spec)[0]
+        with opened.lock(name):
+            known = opened.teacher(name) if name in opened.teachers() else None
+            teacher = load_teacher(
+                spec,
+                img_size=img_size,
+                precision=precision,
+                device=where,
+                batch=known.batch if known else batch,
+                taps=list(taps),
+            )
+            requests = [request(tap, encoding, fidelity) for tap in dict.fromkeys(taps or default_taps(teacher))]
+            record, encoders = open_or_calibrate(
+                opened, dataset, teacher, requests, known, threads=workers, source=split_name(spec)[1]
+            )
+            pipeline = Pipeline(opened, dataset, teacher, threads=workers, max_failures=max_failures)
+            started = time.perf_counter()
+            extract_views(pipeline, record, encoders, num_views, quiet=quiet)
+            summary.failed |= pipeline.timing.failed
+            summary.teachers[name] = account(opened, record, pipeline.timing, time.perf_counter() - started, num_views)
+    return summary
+
+
+def open_or_create(
+    data: str | None, path: Path, views: str | ViewSpec | None, seed: int, rows_per_shard: int
+) -> tuple[Dataset, Store]:
+    """The data set and its store; an existing store must have been made from the same data and views."""
+    with write_lock(path / ".lock"):
+        exists = (path / "zarr.json").is_file()
+        if not exists and data is None:
+            raise InputNotFound(
+                f"{path}: no store there yet; name the data set too: 'hdcache extract DATA --store {path} ...'"
+            )
+        store = Store.open(path) if exists else None
+        dataset = open_dataset(
+            data or (store.card.dataset.spec if store else ""), classes=store.card.dataset.classes if store else None
+        )
+        asked = views if isinstance(views, ViewSpec) else preset(views or "mae", seed)
+        if store is None:
+            # A shard is the unit of work and of loss; a small data set still gets several.
+            shard = (
+                max(8, min(rows_per_shard, -(-dataset.card.count // 8) // 8 * 8))
+                if rows_per_shard >= 8
+                else rows_per_shard
+            )
+            card = StoreCard(
+                dataset=dataset.card,
+                views=asked,
+                rows_per_shard=shard,
+                rows_per_chunk=min(8, shard),
+                written_with={name: version(name) for name in ("hdcache", "zarr", "numcodecs", "numpy", "pillow")},
+            )
+            return dataset, Store.create(path, card, list(dataset.ids), dataset.labels)
+        lines = differences(
+            {"fingerprint": dataset.card.fingerprint, "count": dataset.card.count},
+            {"fingerprint": store.card.dataset.fingerprint, "count": store.card.dataset.count},
+            "dataset",
+        )
+        if views is not None:
+            lines += differences(asked.model_dump(mode="json"), store.card.views.model_dump(mode="json"), "views")
+        if lines:
+            raise StoreMismatch(
+                f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
+            )
+        return dataset, store
+
+
+def default_taps(teacher: Teacher) -> list[str]:
+    """What TinyMIM and feature distillation read: the QKV input of the target block (18 of 24, the last of 12), and ``final``."""
+    depth = teacher.card.depth
+    return [f"block{depth if depth <= 12 else round(0.75 * depth)}.attn_in", "final"]
+
+
+def open_or_calibrate(
+    store: Store,
+    dataset: Dataset,
+    teacher: Teacher,
+    requests: Sequence[TapRequest],
+    known: TeacherRecord | None,
+    *,
+    threads: int,
+    source: str,
+) -> tuple[TeacherRecord, dict[str, Encoder]]:
+    """A new teacher is calibrated; one that the store has must be the same in all that changes values."""
+    if known is None:
+        record, encoders = calibrate(store, dataset, teacher, requests, threads=threads, source=source)
+        return write_record(store, teacher, record, encoders), encoders
+    asked = {
+        "card": teacher.card.model_dump(mode="json"),
+        "requests": [entry.model_dump(mode="json") for entry in requests],
+        "dataset": store.card.dataset.fingerprint,
+        "views": store.card.views.model_dump(mode="json"),
+    }
+    lines = differences(asked, known.identity())
+    if lines:
+        raise StoreMismatch(
+            f"teacher {teacher.name!r} in {store.path} was made with other settings ({'; '.join(lines)}); "
+            f"repeat its settings, or add this one under another name: --teacher {teacher.name}-2=..."
+        )
+    return known, TeacherReader(store, teacher.name).encoders
+
+
+def extract_views(
+    pipeline: Pipeline, record: TeacherRecord, encoders: dict[str, Encoder], num_views: int, *, quiet: bool
+) -> None:
+    """Write and seal every view that is not complete."""
+    writers = [ViewWriter(pipeline.store, record, encoders, view) for view in range(num_views)]
+    work = [(writer, writer.todo()) for writer in writers]
+    total = sum(writer.rows for writer in writers)
+    left = sum(
+        min(pipeline.store.card.rows_per_shard, writer.rows - s * pipeline.store.card.rows_per_shard)
+        for writer, todo in work
+        for s in todo
+    )
+    with Progress(f"extract {record.name}", total, "rows", quiet=quiet) as bar:
+        bar.skip(total - left)
+
+        def advance(rows: int, timing: Timing) -> None:
+            seconds = max(1e-9, timing.forward + timing.encode + timing.waiting_for_images + timing.waiting_for_disk)
+            failed = f"  {len(timing.failed)} failed" if timing.failed else ""
+            bar.advance(rows, f"{size(timing.bytes / seconds)}/s{failed}  [{timing.bottleneck()}]")
+
+        for writer, todo in work:
+            if not todo and writer.ledger.sealed and writer.geometry.sealed:
+                continue
+            check_space(writer, record, len(todo))
+            if todo:
+                writer.ledger.unseal()
+            writer.open()
+            pipeline.run(writer, todo, advance)
+            writer.seal()
+
+
+def check_space(writer: ViewWriter, record: TeacherRecord, shards: int) -> None:
+    """Warn-level guess before a long run: the measured bits per value against the free disk."""
+    rows = shards * writer.store.card.rows_per_shard
+    need = rows * sum(
+        card.tokens * card.channels * card.certificate.bits_per_value / 8 for card in record.taps.values()
+    )
+    free = shutil.disk_usage(writer.store.path).free
+    if need > free:
+        from hdcache.errors import OutOfSpace
+
+        raise OutOfSpace(
+            f"{writer.store.path}: about {size(need)} are needed for {rows:,} rows, {size(free)} are free; "
+            "free space, store fewer taps or views, or ask for a coarser --fidelity"
+        )
+
+
+def account(store: Store, record: TeacherRecord, timing: Timing, seconds: float, num_views: int) -> dict[str, Any]:
+    """The numbers of one teacher for the summary."""
+    reader = TeacherReader(store, record.name)
+    manifests = {view: reader.manifest(view) for view in range(num_views)}
+    stored = sum(
+        entry.size for manifest in manifests.values() for key, entry in manifest.objects.items() if "/views/" in key
+    )
+    return {
+        "rows_written": timing.rows,
+        "rows": sum(manifest.rows for manifest in manifests.values()),
+        "bytes": stored,
+        "failed_rows": sum(len(manifest.failed) for manifest in manifests.values()),
+        "saturated": timing.saturated,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(timing.rows / max(seconds, 1e-9), 1),
+        "bottleneck": timing.bottleneck() if timing.rows else "nothing left to do",
+        "taps": {
+            tap: card.certificate.model_dump(mode="json") | {"encoding": card.encoding}
+            for tap, card in record.taps.items()
+        },
+        "identity": record.identity_digest(),
+        "manifests": {str(view): manifest.digest() for view, manifest in manifests.items()},
+    }
+
+
+def available_cores() -> int:
+    """Cores this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores))

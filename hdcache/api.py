@@ -1,0 +1,138 @@
+"""A store in your own training loop: open it, ask for targets, iterate.
+
+>>> store = hdcache.open_store("train.hdc")                              # doctest: +SKIP
+>>> for batch in store.loader({"dino": ["final"]}, batch_size=64, size=112):
+...     loss = my_loss(student(batch.images), batch.targets["dino"]["final"].patches)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hdcache.datasets import open_dataset
+from hdcache.errors import StoreMismatch
+from hdcache.loader import Loader, Options
+from hdcache.reader import TeacherReader
+from hdcache.schema import Preprocessing
+from hdcache.store import Store
+from hdcache.target_sources import open_targets
+
+
+class OpenedStore:
+    """A store, ready to be looked into and to be trained from."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @property
+    def path(self) -> Path:
+        """Where the store lies."""
+        return self.store.path
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Sample ids, sorted."""
+        return self.store.ids
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; labels index into them."""
+        return self.store.card.dataset.classes
+
+    def __len__(self) -> int:
+        return self.store.card.dataset.count
+
+    def teachers(self) -> list[str]:
+        """Names of the teachers in the store."""
+        return self.store.teachers()
+
+    def teacher(self, name: str) -> TeacherReader:
+        """Record, encoders, weights and rows of one teacher."""
+        return TeacherReader(self.store, name)
+
+    def loader(
+        self,
+        targets: Mapping[str, Sequence[str]],
+        *,
+        batch_size: int,
+        size: int,
+        data: str | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        jitter: tuple[float, float, float] | None = None,
+        num_views: int | None = None,
+        drop_last: bool = False,
+        buffer_rows: int = 1024,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 2,
+        dtype: torch.dtype = torch.float32,
+    ) -> Loader:
+        """Shuffled batches of images with their teachers' targets; iterating again yields the next epoch.
+
+        Parameters
+        ----------
+        targets
+            teacher name -> target names (:mod:`hdcache.targets`), for example
+            ``{"dino": ["final", "block9.rel.qk"]}``.
+        batch_size
+            rows of a global batch, shared by ``world`` processes.
+        size
+            side of the student's square input, pixels.
+        data
+            where the data set is now, if it has moved since extraction.
+        jitter
+            half ranges of brightness, contrast and saturation, fresh in every epoch.
+
+        Returns
+        -------
+        Loader
+            of :class:`~hdcache.loader.Batch`: images float32 [B, 3, size, size], ids, labels int64 [B], targets.
+        """
+        card = self.store.card.dataset
+        dataset = open_dataset(data or card.spec, classes=card.classes)
+        if dataset.card.fingerprint != card.fingerprint:
+            raise StoreMismatch(f"{dataset.card.spec} is not the data set that {self.path} was made from")
+        where = torch.device(device)
+        options = Options(
+            batch_size=batch_size,
+            preprocessing=Preprocessing(size=size, mean=mean, std=std),
+            seed=seed,
+            buffer_rows=buffer_rows,
+            jitter=jitter,
+            drop_last=drop_last,
+            rank=rank,
+            world=world,
+            threads=threads,
+            device=where,
+            dtype=dtype,
+        )
+        stored, _ = open_targets(self.store, targets, device=where, dtype=dtype)
+        return Loader(
+            dataset, options, views=self.store.card.views, store=self.store, stored=stored, num_views=num_views
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What ``hdcache info --json`` prints."""
+        from hdcache.info import describe_store
+
+        return describe_store(self.store)
+
+
+def open_store(path: str | Path) -> OpenedStore:
+    """Open a store.
+
+    Raises
+    ------
+    InputNotFound
+        when there is none at ``path``.
+    StoreMismatch
+        when it was written in a newer format.
+    """
+    return OpenedStore(Store.open(path))

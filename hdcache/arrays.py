@@ -1,0 +1,265 @@
+"""One stored array at a time: durable files, deterministic shards, reads that never return zeros for what is missing.
+
+The only file that imports zarr. Shards are encoded in memory by zarr-python (its bytes are deterministic) and
+written by :func:`durable_write`; rows are read through zarrs, written in Rust, where it is installed. No torch here.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import LocalStore, MemoryStore
+
+from hdcache.errors import OutOfSpace, StoreCorrupt
+from hdcache.schema import ArrayCard, StoredObject, canonical_json
+
+_CODECS = {"bytes", "transpose", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed"}
+_METADATA_LIMIT = 4 << 20
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> StoredObject:
+    """Write ``data`` so that after return it survives a power cut: temporary file, fsync, rename, fsync of the folder.
+
+    Raises
+    ------
+    OutOfSpace
+        when the disk or quota is full.
+    FileExistsError
+        with ``create_only``, when ``path`` exists.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if create_only:
+            os.link(partial, path)
+            os.unlink(partial)
+        else:
+            os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(
+                error.errno,
+                f"no space left while writing {path}; finished shards are safe: free space and run the same command again",
+            ) from None
+        raise
+    return StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def group_metadata(record: Mapping[str, Any]) -> bytes:
+    """``zarr.json`` of a group that carries an hdcache record."""
+    return canonical_json({"zarr_format": 3, "node_type": "group", "attributes": {"hdcache": dict(record)}})
+
+
+class ShardWriter:
+    """Encodes the shards of one array in memory; the bytes depend on the values alone."""
+
+    def __init__(
+        self, rows: int, card: ArrayCard, chunk: int, shard: int, *, codec: bool, attributes: Mapping[str, Any]
+    ) -> None:
+        self._objects: dict[str, Any] = {}
+        size = np.dtype(card.dtype).itemsize
+        filters: list[Any] = [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=size)] if codec else []
+        self._shard = shard
+        self._rows = rows
+        self._array = zarr.create_array(
+            MemoryStore(self._objects),
+            shape=(rows, *card.shape),
+            dtype=card.dtype,
+            chunks=(chunk, *card.shape),
+            shards=(shard, *card.shape),
+            compressors=[*filters, Crc32cCodec()],
+            fill_value=0,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            attributes=dict(attributes),
+            config={"write_empty_chunks": True},
+        )
+        self.metadata: bytes = self._objects["zarr.json"].to_bytes()
+
+    def key(self, shard: int) -> str:
+        """Object key of a shard, relative to the array."""
+        return ".".join(["c", str(shard), *["0"] * (self._array.ndim - 1)])
+
+    def encode(self, shard: int, block: NDArray[np.generic]) -> bytes:
+        """The object that holds rows ``[shard * rows_per_shard, ...)``; ``block`` must be the whole shard."""
+        start = shard * self._shard
+        stop = min(start + self._shard, self._rows)
+        if block.shape != (stop - start, *self._array.shape[1:]) or block.dtype != self._array.dtype:
+            raise ValueError(
+                f"shard {shard}: got {block.dtype}{list(block.shape)}, expected "
+                f"{self._array.dtype}{[stop - start, *self._array.shape[1:]]}"
+            )
+        self._array[start:stop] = block
+        return bytes(self._objects.pop(self.key(shard)).to_bytes())
+
+
+def constant_objects(value: NDArray[np.generic]) -> dict[str, bytes]:
+    """``zarr.json`` and the single chunk of an array that is written whole."""
+    objects: dict[str, Any] = {}
+    array = zarr.create_array(
+        MemoryStore(objects),
+        shape=value.shape,
+        dtype=value.dtype,
+        chunks=value.shape,
+        compressors=[Crc32cCodec()],
+        filters=None,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    array[...] = value
+    return {key: bytes(found.to_bytes()) for key, found in objects.items()}
+
+
+def write_constant(root: Path, key: str, value: NDArray[np.generic]) -> dict[str, StoredObject]:
+    """Write a whole array at ``root/key``; returns its objects by key relative to ``root``."""
+    if value.size == 0:
+        raise ValueError(f"{key}: an empty array cannot be stored")
+    return {
+        f"{key}/{name}": durable_write(root / key / name, data)
+        for name, data in sorted(constant_objects(value).items())
+    }
+
+
+@lru_cache(maxsize=1)
+def read_pipeline() -> str:
+    """``zarrs`` (Rust) where it is installed, else ``zarr``."""
+    try:
+        import zarrs  # noqa: F401
+    except ImportError:
+        return "zarr"
+    return "zarrs"
+
+
+class ArrayReader:
+    """Rows of one stored array; an object that is missing or has another size than listed is an error, never zeros."""
+
+    def __init__(
+        self,
+        root: Path,
+        key: str,
+        shape: Sequence[int],
+        dtype: str,
+        listed: Mapping[str, StoredObject],
+        shard: int | None,
+        pipeline: str | None = None,
+    ) -> None:
+        self._folder, self._key, self._listed, self._shard = root / key, key, listed, shard
+        check_array_metadata(self._folder / "zarr.json", tuple(shape), dtype, shard)
+        config = {}
+        if (pipeline or read_pipeline()) == "zarrs":
+            config = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+        with zarr.config.set(config):
+            self._array: Any = zarr.open_array(LocalStore(self._folder, read_only=True), mode="r", zarr_format=3)
+
+    def rows(self, start: int, stop: int) -> NDArray[np.generic]:
+        """Rows ``[start, stop)`` as a fresh array.
+
+        Raises
+        ------
+        StoreCorrupt
+            naming the object, when one is missing, has the wrong size or fails its checksum.
+        """
+        if _forked:
+            raise RuntimeError(
+                "this process was forked after hdcache was imported, and the Rust reader hangs in such a child; "
+                "use threads, or multiprocessing with the 'spawn' or 'forkserver' start method"
+            )
+        size = self._shard or max(1, self._array.shape[0])
+        for shard in range(start // size, (max(stop, start + 1) - 1) // size + 1):
+            self._check(".".join(["c", str(shard), *["0"] * (self._array.ndim - 1)]))
+        try:
+            return np.asarray(self._array[start:stop])
+        except Exception as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise StoreCorrupt(
+                f"{self._folder}: rows {start} to {stop} cannot be decoded ({reason}); "
+                "run 'hdcache verify' to list the damaged objects"
+            ) from error
+
+    def _check(self, name: str) -> None:
+        path, listed = self._folder / name, self._listed.get(f"{self._key}/{name}")
+        if listed is None:
+            raise StoreCorrupt(f"{path}: not listed in the manifest; the store was changed after it was sealed")
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise StoreCorrupt(
+                f"{path}: missing, expected {listed.size} bytes; copy the store again or rerun 'hdcache extract'"
+            ) from None
+        if found != listed.size:
+            raise StoreCorrupt(
+                f"{path}: {found} bytes, expected {listed.size}; copy the store again or rerun 'hdcache extract'"
+            )
+
+
+def read_json(path: Path) -> Any:
+    """A small JSON file of a store; :class:`StoreCorrupt` when it is missing, huge or malformed."""
+    try:
+        if path.stat().st_size > 256 << 20:
+            raise StoreCorrupt(f"{path}: {path.stat().st_size} bytes is too large for a record")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreCorrupt(f"{path}: missing") from None
+    except (ValueError, RecursionError):
+        raise StoreCorrupt(f"{path}: not valid JSON") from None
+
+
+def check_array_metadata(path: Path, shape: tuple[int, ...], dtype: str, shard: int | None) -> None:
+    """Refuse an array whose metadata is not what the store's records say, before zarr sees it."""
+    if path.is_file() and path.stat().st_size > _METADATA_LIMIT:
+        raise StoreCorrupt(f"{path}: metadata of {path.stat().st_size} bytes")
+    meta = read_json(path)
+    if not isinstance(meta, dict) or meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
+        raise StoreCorrupt(f"{path}: not the metadata of a Zarr v3 array")
+    if tuple(meta.get("shape", ())) != shape or meta.get("data_type") != dtype:
+        raise StoreCorrupt(
+            f"{path}: {meta.get('data_type')}{meta.get('shape')}, but the store's records say {dtype}{list(shape)}"
+        )
+    chunk = meta.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape")
+    if chunk != [shard or shape[0], *shape[1:]]:
+        raise StoreCorrupt(f"{path}: chunk shape {chunk} does not fit the store's {shard} rows per shard")
+    _check_codecs(path, meta.get("codecs"))
+
+
+def _check_codecs(path: Path, codecs: Any) -> None:
+    for codec in codecs if isinstance(codecs, list) else [None]:
+        name = codec.get("name") if isinstance(codec, dict) else None
+        if name not in _CODECS:
+            raise StoreCorrupt(
+                f"{path}: codec {name!r} is not one of the core codecs that stores use: {', '.join(sorted(_CODECS))}"
+            )
+        inner = codec.get("configuration", {}) if isinstance(codec, dict) else {}
+        for key in ("codecs", "index_codecs"):
+            if key in inner:
+                _check_codecs(path, inner[key])

@@ -1,0 +1,319 @@
+"""Build a timm ViT from a spec, load weights strictly, and save a student that timm itself can load.
+
+Specs, the same on the command line and in Python:
+
+``vit_large_patch16_224.mae`` or ``timm:NAME``      hub weights (needs a network, or a filled hub cache)
+``timm:NAME?checkpoint=FILE&img_size=112``          weights from a local .safetensors or .pth file
+``random:NAME?seed=0&img_size=32&depth=4``          untrained
+``path/to/run``                                     a student folder that ``hdcache distill`` wrote
+
+Further options after ``?`` are keyword arguments of ``timm.create_model``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from hdcache.errors import InputNotFound, UsageError, nearest
+from hdcache.schema import Preprocessing, canonical_json
+from hdcache.taps import num_blocks
+
+WEIGHTS_FILE, CONFIG_FILE = "student.safetensors", "config.json"
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen network with all that is needed to feed it and to name it."""
+
+    model: nn.Module
+    """timm VisionTransformer in eval mode, without gradients."""
+    architecture: str
+    arguments: dict[str, Any]
+    preprocessing: Preprocessing
+    weights: str
+    """sha256 over names, shapes and fp32 bytes of the backbone (the classifier left out)."""
+    source: str
+    licence: str
+    last_trained: str
+    """Tap name of the deepest layer that training reached: ``final``, or ``block11.out`` where an objective
+    leaves the last block's tail at its initial values (relation distillation does)."""
+
+
+def load_backbone(spec: str, *, img_size: int | None = None, classifier: bool = False) -> Backbone:
+    """Load the network that ``spec`` names; see the module's docstring for the grammar.
+
+    Parameters
+    ----------
+    img_size
+        input side in pixels, when not the model's own; position embeddings are resampled.
+    classifier
+        keep the classification head (needed for the tap ``logits``).
+
+    Raises
+    ------
+    InputNotFound
+        when a file is missing or the hub cannot be reached.
+    UsageError
+        for an unknown model or option, an unsupported network, or a checkpoint whose keys do not fit.
+    """
+    folder = Path(spec).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        return _load_student(folder, img_size)
+    kind, name, options = parse_spec(spec)
+    if img_size is not None:
+        options["img_size"] = img_size
+    checkpoint = options.pop("checkpoint", None)
+    seed = int(options.pop("seed", 0))
+    if not classifier and checkpoint is None:
+        options["num_classes"] = 0
+    hub = kind == "timm" and checkpoint is None
+    if checkpoint is not None:
+        state = _read_state(Path(str(checkpoint)).expanduser())
+        if not classifier:
+            options["num_classes"] = 0
+        elif "head.weight" in state:
+            options["num_classes"] = int(state["head.weight"].shape[0])
+        model = create_vit(name, options, seed=seed)
+        load_strictly(model, state, str(checkpoint))
+    else:
+        model = create_vit(name, options, pretrained=hub, seed=seed)
+    config = getattr(model, "pretrained_cfg", {}) or {}
+    return _freeze(model, name, options, spec, str(config.get("license") or "unknown"), "final")
+
+
+def parse_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
+    """``(kind, timm name, options)`` of a spec; numbers and booleans in options are parsed."""
+    head, _, query = spec.partition("?")
+    kind, _, name = head.partition(":") if ":" in head else ("timm", "", head)
+    if kind not in ("timm", "random"):
+        raise UsageError(
+            f"unknown model spec {spec!r}: expected timm:NAME, random:NAME, a timm name or a student folder"
+        )
+    if "/" in name or name.endswith((".safetensors", ".pth", ".pt")):
+        raise InputNotFound(
+            f"{name}: no student folder there (no {CONFIG_FILE}); for a bare checkpoint say timm:NAME?checkpoint={name}"
+        )
+    architecture = name.split(".")[0]
+    if architecture not in timm.list_models():
+        raise UsageError(f"unknown model {name!r}; {nearest(architecture, timm.list_models('vit*'))[:200]}")
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise UsageError(f"model spec {spec!r}: options after '?' must be key=value joined by '&'") from None
+    return kind, name, {key: _scalar(unquote(value)) for key, value in pairs}
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def create_vit(
+    architecture: str, arguments: Mapping[str, Any], *, pretrained: bool = False, seed: int = 0
+) -> nn.Module:
+    """``timm.create_model``, with initial weights that depend on ``seed`` alone and the global generator untouched."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.manual_seed(seed)
+            model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise UsageError(f"{architecture} with {dict(arguments)}: {error}") from None
+    except (OSError, RuntimeError) as error:
+        if pretrained:
+            raise InputNotFound(
+                f"weights of {architecture} could not be fetched ({str(error).splitlines()[0][:160]}); "
+                f"with no network give timm:{architecture}?checkpoint=FILE"
+            ) from None
+        raise UsageError(f"{architecture} with {dict(arguments)}: {error}") from None
+    except AssertionError as error:
+        raise UsageError(f"{architecture} with {dict(arguments)}: {error or 'sizes do not fit'}") from None
+    num_blocks(model)
+    return model
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputNotFound(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputNotFound(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]})") from None
+    except Exception as error:
+        # weights_only refuses pickles that hold more than tensors with an UnpicklingError of the pickle module.
+        raise UsageError(f"{path}: refused, it holds more than tensors ({str(error).splitlines()[0][:120]})") from None
+    for key in _WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{path}: expected a mapping from parameter names to tensors")
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return dict(state)
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load ``state`` into ``model``; any missing, unexpected or misshapen key but a classifier's is refused with the list."""
+    own = model.state_dict()
+    fits = {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in state.items()}
+    converted = state if fits else dict(checkpoint_filter_fn(dict(state), model))
+    converted = {key: value for key, value in converted.items() if key in own or not _is_head(key)}
+    missing = sorted(key for key in own if key not in converted and not _is_head(key))
+    unexpected = sorted(key for key in converted if key not in own)
+    shapes = sorted(
+        f"{key} {tuple(converted[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in converted and converted[key].shape != own[key].shape
+    )
+    if missing or unexpected or shapes:
+        parts = [
+            f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+            if keys
+        ]
+        raise UsageError(
+            f"{where} does not fit {type(model).__name__} ({'; '.join(parts)}); "
+            "give the architecture and options that the checkpoint was made with"
+        )
+    model.load_state_dict(converted, strict=False)
+
+
+def _is_head(key: str) -> bool:
+    return key.startswith(("head.", "head_dist."))
+
+
+def _freeze(
+    model: nn.Module,
+    architecture: str,
+    arguments: dict[str, Any],
+    source: str,
+    licence: str,
+    last_trained: str,
+    preprocessing: Preprocessing | None = None,
+) -> Backbone:
+    model.eval().requires_grad_(False)
+    if preprocessing is None:
+        data = resolve_model_data_config(model)
+        height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]
+        if height != width:
+            raise UsageError(
+                f"{source}: input of {height}x{width} pixels; only square inputs are supported, give img_size=N"
+            )
+        preprocessing = Preprocessing(
+            size=height, mean=data["mean"], std=data["std"], interpolation=data.get("interpolation") or "bicubic"
+        )
+    return Backbone(
+        model, architecture, dict(arguments), preprocessing, weights_digest(model), source, licence, last_trained
+    )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the sorted names, shapes and fp32 bytes of the backbone, classifier left out."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        if not _is_head(key):
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8, or float in [0, 1], [B, 3, H, W] -> float32 [B, 3, H, W]: scaled to [0, 1], then (x - mean) / std."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std, device=pixels.device).view(1, 3, 1, 1)
+    unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32) / 255
+    return (unit - mean) / std
+
+
+def save_student(
+    folder: Path,
+    model: nn.Module,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    last_trained: str,
+    about: Mapping[str, Any],
+) -> None:
+    """Write ``student.safetensors`` (exactly timm's keys, no classifier) and ``config.json`` (timm's format).
+
+    ``timm.create_model(architecture, num_classes=0, checkpoint_path="student.safetensors", **arguments)`` loads it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items() if not _is_head(k)}
+    config = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": int(model.num_features),  # type: ignore[arg-type]
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "pretrained_cfg": {
+            "input_size": [3, preprocessing.size, preprocessing.size],
+            "fixed_input_size": True,
+            "interpolation": preprocessing.interpolation,
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "crop_pct": 0.875,
+            "num_classes": 0,
+        },
+        "hdcache": {"preprocessing": preprocessing.model_dump(mode="json"), "last_trained": last_trained, **about},
+    }
+    weights = folder / WEIGHTS_FILE
+    save_file(state, f"{weights}.partial", metadata={"format": "pt", "architecture": architecture})
+    os.replace(f"{weights}.partial", weights)
+    partial = folder / f"{CONFIG_FILE}.partial"
+    partial.write_text(json.dumps(config, indent=1, sort_keys=True))
+    os.replace(partial, folder / CONFIG_FILE)
+
+
+def _load_student(folder: Path, img_size: int | None) -> Backbone:
+    weights = folder / WEIGHTS_FILE
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        architecture = str(config["architecture"])
+        arguments = dict(config["model_args"]) | {"num_classes": 0}
+        about = config["hdcache"]
+        preprocessing = Preprocessing.model_validate(about["preprocessing"])
+        last_trained = str(about["last_trained"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputNotFound(f"{folder / CONFIG_FILE}: not a student that hdcache wrote ({error!r})") from None
+    state = _read_state(weights)
+    if img_size is not None and img_size != preprocessing.size:
+        arguments["img_size"] = img_size
+        preprocessing = preprocessing.model_copy(update={"size": img_size})
+    model = create_vit(architecture, arguments)
+    load_strictly(model, state, str(weights))
+    return _freeze(model, architecture, arguments, str(folder), "unknown", last_trained, preprocessing)
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """JSON-able facts of a backbone for results and cards."""
+    facts = {
+        "architecture": backbone.architecture,
+        "arguments": backbone.arguments,
+        "source": backbone.source,
+        "weights": backbone.weights,
+        "preprocessing": backbone.preprocessing.model_dump(mode="json"),
+    }
+    return dict(json.loads(canonical_json(facts)))

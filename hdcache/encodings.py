@@ -1,0 +1,323 @@
+"""Float tensors <-> stored integers. Each encoding states its error, measured on rows it was not fitted on.
+
+======  =====================================================================================================
+fp32    as computed; the encoding of the cached-equals-live proof
+fp16    half precision, bf16: its upper 16 bits, rounded to nearest even
+int8    one scale and offset per channel
+klt     centre, rotate by the eigenvectors of the patch tokens' covariance (Karhunen-Loeve transform), round
+        with ONE step for all components (reverse water-filling), channel-major so that the codec sees runs
+sqrt8   relations only: round(255 sqrt(probability)) as uint8
+======  =====================================================================================================
+
+Byte layout of a row: token taps have ``codes`` int8 [K - W, N] and ``wide`` int16 [W, N] (klt), ``codes`` int8
+[D, N] (int8), or ``values`` [N, D] (floats), and ``prefix`` [P, D] apart; vectors ``values`` [D]; relations
+``values`` [H, T, T]. bf16 is stored as uint16 bits because Zarr's core has no such type.
+
+Legend: R rows, P prefix tokens, N patch tokens, D width, K kept components, W leading components that need int16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numcodecs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hdcache.errors import UsageError, nearest
+from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
+from hdcache.taps import Tokens, parse_tap
+
+TOKEN_ENCODINGS = ("fp32", "fp16", "bf16", "int8", "klt")
+RELATION_ENCODINGS = ("fp32", "fp16", "sqrt8")
+VECTOR_ENCODINGS = ("fp32", "fp16", "bf16")
+HALF_MAX = 65504.0
+# A component is stored as int16 when calibration comes within a factor two of int8's range.
+NARROW_LIMIT, WIDE_LIMIT, MARGIN = 127, 32767, 63
+FIT_TOKENS = 65536
+TOKENS_PER_CHANNEL = 20
+
+Parts = dict[str, NDArray[np.generic]]
+
+
+def request(tap: str, encoding: str | None, fidelity: float | None) -> TapRequest:
+    """The encoding of a tap that ``--encoding`` / ``--fidelity`` ask for, adapted to what the tap is.
+
+    Token taps take any of fp32, fp16, bf16, int8, klt; relations fall back to sqrt8 and vectors to fp16 where
+    the asked encoding has no meaning for them.
+
+    Raises
+    ------
+    UsageError
+        for an unknown encoding, a fidelity outside (0, 1), or a fidelity for an encoding without one.
+    """
+    parsed = parse_tap(tap)
+    if encoding is not None and encoding not in {*TOKEN_ENCODINGS, *RELATION_ENCODINGS}:
+        raise UsageError(f"unknown encoding {encoding!r}; {nearest(encoding, {*TOKEN_ENCODINGS, *RELATION_ENCODINGS})}")
+    if fidelity is not None and not 0 < fidelity < 1:
+        raise UsageError(f"fidelity {fidelity} must lie between 0 and 1: the relative RMSE to allow, 0.05 is 5 %")
+    if fidelity is not None and encoding not in (None, "klt"):
+        raise UsageError(f"fidelity belongs to the klt encoding; {encoding} has a fixed error: drop one of the two")
+    kind: Any = encoding or "klt"
+    if parsed.what == "rel":
+        return TapRequest(tap=tap, encoding=kind if kind in RELATION_ENCODINGS else "sqrt8")
+    if not parsed.is_tokens:
+        return TapRequest(tap=tap, encoding=kind if kind in VECTOR_ENCODINGS else "fp16")
+    if kind == "sqrt8":
+        raise UsageError(
+            f"encoding sqrt8 is for relation matrices, {tap} is a token tap; use klt, int8 or a float type"
+        )
+    return TapRequest(
+        tap=tap,
+        encoding=kind,
+        fidelity=(0.05 if fidelity is None else fidelity) if kind == "klt" else None,
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A fitted encoding of one tap."""
+
+    card: TapCard
+    constants: Mapping[str, NDArray[np.generic]]
+
+    def encode(self, value: Tokens | Tensor) -> tuple[Parts, int]:
+        """Stored arrays of R rows, each [R, ...], and how many values were clipped to their integer range."""
+        card = self.card
+        if isinstance(value, Tensor):
+            return _encode_plain(value, card.encoding)
+        prefix, lost = _to_half(value.prefix) if card.encoding not in ("fp32", "bf16") else (value.prefix, 0)
+        parts: Parts = {}
+        if card.prefix_tokens:
+            parts["prefix"] = (
+                _bits(prefix)
+                if card.encoding == "bf16"
+                else prefix.float().cpu().numpy().astype(card.arrays["prefix"].dtype, copy=False)
+            )
+        if card.encoding in ("klt", "int8"):
+            codes, clipped = self._integers(value.patches)
+            return parts | codes, lost + clipped
+        plain, clipped = _encode_plain(value.patches, card.encoding)
+        return parts | plain, lost + clipped
+
+    def _integers(self, patches: Tensor) -> tuple[Parts, int]:
+        x = patches.float()
+        constants = self._on(x.device)
+        if self.card.encoding == "int8":
+            z = ((x - constants["offset"]) / constants["scale"]).round().transpose(1, 2)
+            clipped = int((z.abs() > NARROW_LIMIT).sum())
+            return {"codes": z.clamp(-NARROW_LIMIT, NARROW_LIMIT).to(torch.int8).contiguous().cpu().numpy()}, clipped
+        z = (((x - constants["mean"]) @ constants["basis"]) / constants["step"]).round().transpose(1, 2)
+        wide = self.card.arrays["wide"].shape[0] if "wide" in self.card.arrays else 0
+        clipped = int((z[:, :wide].abs() > WIDE_LIMIT).sum()) + int((z[:, wide:].abs() > NARROW_LIMIT).sum())
+        parts: Parts = {}
+        if wide:
+            parts["wide"] = z[:, :wide].clamp(-WIDE_LIMIT, WIDE_LIMIT).to(torch.int16).contiguous().cpu().numpy()
+        if wide < z.shape[1]:
+            parts["codes"] = z[:, wide:].clamp(-NARROW_LIMIT, NARROW_LIMIT).to(torch.int8).contiguous().cpu().numpy()
+        return parts, clipped
+
+    def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
+        """Rows of stored arrays (on any device) back to ``dtype``; the inverse of :meth:`encode` up to its stated error."""
+        card = self.card
+        if card.prefix_tokens == 0 and card.tokens == 0:
+            return _decode_plain(parts["values"], card.encoding, dtype)
+        if card.encoding in ("klt", "int8"):
+            patches = self._from_integers(parts, dtype)
+        else:
+            patches = _decode_plain(parts["values"], card.encoding, dtype)
+        if card.prefix_tokens:
+            prefix = _decode_plain(parts["prefix"], "bf16" if card.encoding == "bf16" else "fp32", dtype)
+        else:
+            prefix = patches.new_empty(patches.shape[0], 0, patches.shape[2])
+        return Tokens(prefix, patches)
+
+    def _from_integers(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        stored = [parts[name].to(dtype) for name in ("wide", "codes") if name in self.card.arrays]
+        z = (torch.cat(stored, dim=1) if len(stored) > 1 else stored[0]).transpose(1, 2)
+        constants = self._on(z.device)
+        if self.card.encoding == "int8":
+            return z * constants["scale"].to(dtype) + constants["offset"].to(dtype)
+        # The step rides on the small basis, not on every code.
+        return z @ (constants["basis"] * constants["step"]).T.to(dtype) + constants["mean"].to(dtype)
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(np.array(value, np.float32)).to(device) for name, value in self.constants.items()
+        }
+
+
+def _encode_plain(value: Tensor, encoding: str) -> tuple[Parts, int]:
+    if encoding == "sqrt8":
+        return {"values": (value.float().clamp(0, 1).sqrt() * 255).round().to(torch.uint8).cpu().numpy()}, 0
+    if encoding == "bf16":
+        return {"values": _bits(value)}, 0
+    if encoding == "fp16":
+        half, lost = _to_half(value)
+        return {"values": half.cpu().numpy()}, lost
+    return {"values": value.float().contiguous().cpu().numpy()}, 0
+
+
+def _decode_plain(stored: Tensor, encoding: str, dtype: torch.dtype) -> Tensor:
+    if encoding == "sqrt8":
+        root = stored.to(torch.float32) / 255
+        square = root * root
+        # Rounding each entry breaks the row sums; a relation's rows are distributions.
+        return (square / square.sum(-1, keepdim=True).clamp_min(1e-12)).to(dtype)
+    if encoding == "bf16":
+        return stored.view(torch.bfloat16).to(dtype)
+    return stored.to(dtype)
+
+
+def _to_half(value: Tensor) -> tuple[Tensor, int]:
+    lost = int((value.abs() > HALF_MAX).sum())
+    return value.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).contiguous(), lost
+
+
+def _bits(value: Tensor) -> NDArray[np.generic]:
+    return value.to(torch.bfloat16).contiguous().view(torch.uint16).cpu().numpy()
+
+
+def fit(asked: TapRequest, calibration: Tokens | Tensor, heldout: Tokens | Tensor) -> Encoder:
+    """Choose the encoding's constants on ``calibration`` rows and measure its error on ``heldout`` rows.
+
+    Both are float32 rows of the tap, [R, ...]; at least one row each. The result depends on nothing else.
+    """
+    kind = asked.encoding
+    if isinstance(calibration, Tensor):
+        dtype: Any = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "sqrt8": "uint8"}[kind]
+        arrays = {"values": ArrayCard(shape=tuple(calibration.shape[1:]), dtype=dtype)}
+        shape = (0, int(calibration.shape[-1]), 0)
+        constants: dict[str, NDArray[np.generic]] = {}
+    else:
+        tokens, channels = int(calibration.patches.shape[1]), int(calibration.patches.shape[2])
+        shape = (tokens, channels, int(calibration.prefix.shape[1]))
+        arrays, constants = _fit_tokens(asked, calibration.patches, tokens, channels)
+        if shape[2]:
+            half: Any = {"fp32": "float32", "bf16": "uint16"}.get(kind, "float16")
+            arrays["prefix"] = ArrayCard(shape=(shape[2], channels), dtype=half)
+    constant_cards = {name: ArrayCard(shape=value.shape, dtype=str(value.dtype)) for name, value in constants.items()}
+    blank = Certificate(
+        calibration_rows=_rows(calibration),
+        heldout_rows=_rows(heldout),
+        relative_rmse=0,
+        cosine_mean=1,
+        cosine_min=1,
+        bits_per_value=0,
+    )
+    card = TapCard(
+        tap=asked.tap,
+        encoding=kind,
+        fidelity=asked.fidelity,
+        tokens=shape[0],
+        channels=shape[1],
+        prefix_tokens=shape[2],
+        arrays=arrays,
+        constants=constant_cards,
+        certificate=blank,
+    )
+    draft = Encoder(card, constants)
+    measured = blank.model_copy(update=_measure(draft, heldout))
+    return Encoder(card.model_copy(update={"certificate": measured}), constants)
+
+
+def _rows(value: Tokens | Tensor) -> int:
+    return int(value.shape[0] if isinstance(value, Tensor) else value.patches.shape[0])
+
+
+def _fit_tokens(
+    asked: TapRequest, patches: Tensor, tokens: int, channels: int
+) -> tuple[dict[str, ArrayCard], dict[str, NDArray[np.generic]]]:
+    if asked.encoding not in ("klt", "int8"):
+        dtype: Any = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}[asked.encoding]
+        return {"values": ArrayCard(shape=(tokens, channels), dtype=dtype)}, {}
+    flat = patches.reshape(-1, channels)
+    if flat.shape[0] > FIT_TOKENS:
+        # Evenly spread over rows and positions; the stride is odd to the grid, so all positions are met.
+        flat = flat[torch.linspace(0, flat.shape[0] - 1, FIT_TOKENS, dtype=torch.float64).long()]
+    x = flat.to(torch.float64).cpu().numpy()
+    if asked.encoding == "int8":
+        low, high = x.min(axis=0), x.max(axis=0)
+        scale = np.maximum((high - low) / 2 * 1.05, 1e-12) / NARROW_LIMIT
+        return (
+            {"codes": ArrayCard(shape=(channels, tokens), dtype="int8")},
+            {"scale": scale.astype(np.float32), "offset": ((high + low) / 2).astype(np.float32)},
+        )
+    mean = x.mean(axis=0)
+    x -= mean
+    variances, vectors = np.linalg.eigh(x.T @ x / len(x))
+    vectors = vectors[:, ::-1]
+    z = x @ vectors
+    step = _find_step(z, asked.fidelity or 0.05) if variances.sum() > 0 else 1.0
+    peak = np.abs(np.round(z / step)).max(axis=0)
+    # A component is dropped only where calibration saw enough tokens to know that it is always zero.
+    kept = channels
+    if len(x) >= TOKENS_PER_CHANNEL * channels and (peak > 0).any():
+        kept = int(np.flatnonzero(peak > 0)[-1]) + 1
+    wide = int(np.flatnonzero(peak[:kept] > MARGIN)[-1]) + 1 if (peak[:kept] > MARGIN).any() else 0
+    arrays: dict[str, ArrayCard] = {}
+    if wide:
+        arrays["wide"] = ArrayCard(shape=(wide, tokens), dtype="int16")
+    if wide < kept:
+        arrays["codes"] = ArrayCard(shape=(kept - wide, tokens), dtype="int8")
+    constants: dict[str, NDArray[np.generic]] = {
+        "basis": np.ascontiguousarray(vectors[:, :kept], dtype=np.float32),
+        "mean": mean.astype(np.float32),
+        "step": np.array([step], np.float32),
+    }
+    return arrays, constants
+
+
+def _find_step(z: NDArray[np.float64], fidelity: float) -> float:
+    """The step whose rounding error is ``fidelity`` of the spread of ``z``: bisection on the logarithm."""
+    if len(z) > 16384:
+        z = z[:: len(z) // 16384]
+    energy = float((z * z).sum())
+    low, high = math.log(1e-6 * math.sqrt(energy / z.size)), math.log(20 * float(np.abs(z).max()))
+    for _ in range(30):
+        middle = (low + high) / 2
+        step = math.exp(middle)
+        error = z - step * np.round(z / step)
+        if float((error * error).sum()) > fidelity**2 * energy:
+            high = middle
+        else:
+            low = middle
+    return float(np.float32(math.exp(low)))
+
+
+def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | int]:
+    parts, saturated = encoder.encode(heldout)
+    rebuilt = encoder.decode({name: torch.from_numpy(np.array(value)) for name, value in parts.items()})
+    exact = heldout if isinstance(heldout, Tensor) else heldout.patches
+    copy = rebuilt if isinstance(rebuilt, Tensor) else rebuilt.patches
+    exact, copy = exact.double().cpu().flatten(0, -2), copy.double().flatten(0, -2)
+    spread = float(((exact - exact.mean(dim=0)) ** 2).sum())
+    error = float(((exact - copy) ** 2).sum())
+    norms = (exact.norm(dim=-1) * copy.norm(dim=-1)).clamp_min(1e-300)
+    cosine = (exact * copy).sum(-1) / norms
+    cosine = cosine[exact.norm(dim=-1) > 0]
+    stored = sum(_compressed(name, value) for name, value in parts.items() if name != "prefix")
+    return {
+        "relative_rmse": math.sqrt(error / spread) if spread > 0 else float(error > 0),
+        "cosine_mean": float(cosine.mean()) if len(cosine) else 1.0,
+        "cosine_min": float(cosine.min()) if len(cosine) else 1.0,
+        "bits_per_value": 8 * stored / exact.numel(),
+        "saturated": saturated,
+    }
+
+
+def _compressed(name: str, value: NDArray[np.generic]) -> int:
+    if not compresses(str(value.dtype), name):
+        return value.nbytes
+    codec = numcodecs.Blosc(cname="zstd", clevel=5, shuffle=numcodecs.Blosc.BITSHUFFLE)
+    return sum(len(codec.encode(np.ascontiguousarray(value[i : i + 8]))) for i in range(0, len(value), 8))
+
+
+def compresses(dtype: str, name: str) -> bool:
+    """Whether a per-row array is worth a codec: integer codes are, float mantissas are nearly noise."""
+    return dtype in ("int8", "int16", "uint8") and name != "prefix"

@@ -1,0 +1,77 @@
+"""The few ways a data set, store, recipe or checkpoint can be wrong, each with its exit code.
+
+A message says what was asked, where, what was expected and found, and ends with what to do about it.
+The command line prints it as one line and leaves with ``exit_code``; Python users catch the class.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HdcacheError(Exception):
+    """Base of every error that hdcache raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(HdcacheError, ValueError):
+    """A setting, spec or recipe that cannot be meant (exit 2)."""
+
+    exit_code = 2
+
+
+class InputNotFound(HdcacheError, FileNotFoundError):
+    """A data set, checkpoint or store that is not there or cannot be read (exit 3)."""
+
+    exit_code = 3
+
+
+class UnreadableImage(HdcacheError):
+    """One sample that could not be decoded; extraction records it as a failed row and goes on."""
+
+    exit_code = 3
+
+
+class TooManyFailures(HdcacheError):
+    """More failed rows than ``max_failures`` allows (exit 4)."""
+
+    exit_code = 4
+
+
+class StoreMismatch(HdcacheError):
+    """The store was made with other settings than were asked for (exit 5)."""
+
+    exit_code = 5
+
+
+class StoreLocked(HdcacheError):
+    """Another live process is writing what this one wants to write (exit 5)."""
+
+    exit_code = 5
+
+
+class StoreCorrupt(HdcacheError):
+    """An object of the store is missing, short, altered or malformed (exit 5)."""
+
+    exit_code = 5
+
+
+class OutOfSpace(HdcacheError, OSError):
+    """The disk or quota is full; what was finished is safe (exit 6)."""
+
+    exit_code = 6
+
+
+class Interrupted(HdcacheError):
+    """Stopped by SIGTERM or SIGUSR1 with progress saved (exit 75, EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest valid name, or the list of them all."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"

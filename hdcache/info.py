@@ -1,0 +1,125 @@
+"""What a store is and what it costs, as data and as text: ``hdcache info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hdcache.integrity import teacher_ledger
+from hdcache.progress import size
+from hdcache.schema import TapCard, TeacherRecord
+from hdcache.store import Store
+
+
+def describe_store(store: Store) -> dict[str, Any]:
+    """A JSON-able description: data set, views, and per teacher its card, taps, certificates, sizes and seals."""
+    card = store.card
+    return {
+        "path": str(store.path),
+        "format": card.format,
+        "dataset": card.dataset.model_dump(mode="json", exclude={"classes"}) | {"classes": len(card.dataset.classes)},
+        "views": card.views.model_dump(mode="json"),
+        "rows_per_shard": card.rows_per_shard,
+        "rows_per_chunk": card.rows_per_chunk,
+        "written_with": card.written_with,
+        "teachers": {name: _teacher(store, name) for name in store.teachers()},
+    }
+
+
+def _teacher(store: Store, name: str) -> dict[str, Any]:
+    record = store.teacher(name)
+    views = {}
+    stored: dict[str, int] = dict.fromkeys(record.taps, 0)
+    sealed_rows = 0
+    for view in store.views(name):
+        manifest = teacher_ledger(store, name, view).manifest()
+        views[str(view)] = {"manifest": manifest.digest(), "rows": manifest.rows, "failed": len(manifest.failed)}
+        sealed_rows += manifest.rows
+        for key, entry in manifest.objects.items():
+            for tap in record.taps:
+                if f"/views/{view}/{tap}/" in key:
+                    stored[tap] += entry.size
+    unsealed = [
+        int(path.name)
+        for path in sorted((store.teacher_path(name) / "views").glob("[0-9]*"))
+        if str(int(path.name)) not in views
+    ]
+    return {
+        "identity": record.identity_digest(),
+        "card": record.card.model_dump(mode="json"),
+        "source": record.source,
+        "licence": record.licence,
+        "sealed_views": views,
+        "unsealed_views": unsealed,
+        "bytes": sum(stored.values()),
+        "taps": {tap: _tap(record, card, stored[tap], sealed_rows) for tap, card in record.taps.items()},
+    }
+
+
+def _tap(record: TeacherRecord, card: TapCard, stored: int, rows: int) -> dict[str, Any]:
+    if card.tokens:
+        values = (card.tokens + card.prefix_tokens) * card.channels
+    else:
+        values = int(np.prod(card.arrays["values"].shape))
+    half = rows * values * 2
+    facts: dict[str, Any] = {
+        "encoding": card.encoding,
+        "fidelity": card.fidelity,
+        "tokens": card.tokens,
+        "prefix_tokens": card.prefix_tokens,
+        "channels": card.channels,
+        "certificate": card.certificate.model_dump(mode="json"),
+        "bytes": stored,
+        "bytes_fp16": half,
+        "smaller_than_fp16": round(half / stored, 2) if stored else None,
+    }
+    if card.tap.endswith(".attn_in"):
+        matrices = rows * 2 * record.card.heads * (card.tokens + card.prefix_tokens) ** 2 * 2
+        facts["smaller_than_relation_matrices_fp16"] = round(matrices / stored, 1) if stored else None
+    return facts
+
+
+def format_store(facts: dict[str, Any]) -> str:
+    """The description as a page of text."""
+    data, views = facts["dataset"], facts["views"]
+    geometry = {
+        "random-resized-crop": f"random resized crops of area {views['scale'][0]:g} to {views['scale'][1]:g}",
+        "center-crop": f"centre crops of {views['fraction']:g} of the shorter side",
+        "resize": "whole images",
+    }[views["kind"]]
+    lines = [
+        f"{facts['path']}  (store format {facts['format']})",
+        f"data      {data['count']:,} images, {data['classes']} classes, from {data['spec']}",
+        f"views     {geometry}, flip {views['flip']:g}, seed {views['seed']}",
+    ]
+    for name, teacher in facts["teachers"].items():
+        card = teacher["card"]
+        seals = ", ".join(
+            f"{view} ({seal['rows']:,} rows{', ' + str(seal['failed']) + ' failed' if seal['failed'] else ''})"
+            for view, seal in teacher["sealed_views"].items()
+        )
+        lines += [
+            "",
+            f"teacher   {name}: {card['architecture']} at {card['preprocessing']['size']} px, {card['grid'][0]}x{card['grid'][1]} patch "
+            f"+ {card['prefix_tokens']} prefix tokens, width {card['width']}, {card['heads']} heads, {card['precision']}",
+            f"          from {teacher['source']}, licence {teacher['licence']}, id {teacher['identity'][:16]}",
+            f"          sealed views: {seals or 'none'}"
+            + (f"; not complete: {teacher['unsealed_views']}" if teacher["unsealed_views"] else ""),
+            f"          {'tap':<18}{'encoding':<10}{'rel. RMSE':>10}{'cosine':>9}{'bits/value':>12}{'bytes':>11}{'vs fp16':>9}",
+        ]
+        for tap, entry in teacher["taps"].items():
+            seal = entry["certificate"]
+            ratio = f"{entry['smaller_than_fp16']:.1f}x" if entry["smaller_than_fp16"] else "-"
+            lines.append(
+                f"          {tap:<18}{entry['encoding']:<10}{100 * seal['relative_rmse']:>8.2f} %{seal['cosine_mean']:>9.5f}"
+                f"{seal['bits_per_value']:>12.2f}{size(entry['bytes']):>11}{ratio:>9}"
+            )
+            if entry.get("smaller_than_relation_matrices_fp16"):
+                lines.append(
+                    f"          {'':<18}relations from it: KL {seal['kl_qk']:.5f} (QK), {seal['kl_vv']:.5f} (VV), "
+                    f"{entry['smaller_than_relation_matrices_fp16']:g}x smaller than fp16 matrices"
+                )
+    if not facts["teachers"]:
+        lines.append(f"no teacher yet; 'hdcache extract --store {facts['path']} --teacher NAME=SPEC' adds one")
+    return "\n".join(lines)

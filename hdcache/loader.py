@@ -1,0 +1,310 @@
+"""Shuffled batches: each image under its stored view, beside the targets that its teachers gave for that view.
+
+Threads, not processes: decompression, JPEG decoding and resizing release the interpreter lock, nothing is pickled,
+and the Rust reader cannot be forked. Stored codes travel to the device as they are and are decoded there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hdcache.backbones import normalize
+from hdcache.datasets import Dataset
+from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageError
+from hdcache.order import epoch_order, rank_slice
+from hdcache.photometric import apply_jitter, draw_jitter
+from hdcache.reader import TeacherReader, read_geometry
+from hdcache.samples import Recorded, open_sample
+from hdcache.schema import Preprocessing, ViewSpec
+from hdcache.store import Store
+from hdcache.taps import Tokens
+from hdcache.target_sources import RUN_ROWS, LiveTargets, Runs, StoredTargets
+from hdcache.views import row_order
+
+BUFFER_LIMIT = 8 << 30
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the loader's device."""
+
+    images: Tensor
+    """float32 [B, 3, H, W]: the stored view, jittered if asked for, normalised for the student."""
+    ids: list[str]
+    labels: Tensor
+    """int64 [B], -1 where a sample has none."""
+    targets: dict[str, dict[str, Tokens | Tensor]]
+    """Teacher name -> target name -> value (see :mod:`hdcache.taps`)."""
+    epoch: int
+    view: int
+    index: int
+    """Number of this batch within its epoch."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a loader yields and in which order; the order depends on nothing else."""
+
+    batch_size: int
+    """Rows of a global batch, over all ranks."""
+    preprocessing: Preprocessing
+    """The student's input."""
+    seed: int = 0
+    buffer_rows: int = 1024
+    jitter: tuple[float, float, float] | None = None
+    """Half ranges of brightness, contrast and saturation factors."""
+    drop_last: bool = False
+    rank: int = 0
+    world: int = 1
+    threads: int = 2
+    prefetch: int = 3
+    """Batches in preparation at a time."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    """What codes are decoded to."""
+
+
+@dataclass
+class _Pending:
+    """A batch in preparation on the host."""
+
+    ids: list[str]
+    labels: NDArray[np.int64]
+    pixels: list[NDArray[np.uint8]]
+    """The student's pixels first, then those of each live teacher; uint8 [B, 3, size, size]."""
+    arrays: dict[str, dict[str, NDArray[np.generic]]]
+    jitter: tuple[Tensor, Tensor] | None
+
+
+class Loader:
+    """Iterates over epochs of a data set, with targets from a store, from live teachers, or without any.
+
+    Parameters
+    ----------
+    dataset, views, ids, labels
+        the samples, and how their views are drawn when ``store`` is None.
+    store
+        replay its recorded views; needed for stored targets.
+    stored, live
+        where targets come from.
+    num_views
+        distinct views to go through, one per epoch; with a store, those that every stored teacher has sealed.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        options: Options,
+        *,
+        views: ViewSpec,
+        store: Store | None = None,
+        stored: Sequence[StoredTargets] = (),
+        live: Sequence[LiveTargets] = (),
+        num_views: int | None = None,
+        teachers: Sequence[str] = (),
+    ) -> None:
+        if options.batch_size < options.world:
+            raise UsageError(
+                f"batch size {options.batch_size} is smaller than the {options.world} processes that share it"
+            )
+        self.dataset, self.options, self.spec, self.store = dataset, options, views, store
+        self.stored, self.live = list(stored), list(live)
+        self.ids = store.ids if store is not None else tuple(dataset.ids)
+        self.labels = store.labels if store is not None else dataset.labels
+        self.readers = [target.reader for target in self.stored]
+        self.readers += [
+            TeacherReader(store, name)
+            for name in teachers
+            if store is not None and name not in {r.name for r in self.readers}
+        ]
+        self.views = self._usable_views(num_views)
+        self._geometry: dict[int, tuple[NDArray[np.int32], NDArray[np.uint8]]] = {}
+        self.waited = 0.0
+        """Seconds that the consumer has spent waiting for batches."""
+        self.dropped: dict[str, str] = {}
+        """Samples that could not be read while training without a store: id -> reason."""
+        self._next_epoch = 0
+        need = sum(
+            reader.bytes_per_row(target.derivation.taps)
+            for target, reader in zip(self.stored, self.readers, strict=False)
+        )
+        if need * options.buffer_rows * 2 > BUFFER_LIMIT:
+            raise UsageError(
+                f"a shuffle buffer of {options.buffer_rows} rows of {need} bytes does not fit {BUFFER_LIMIT >> 30} GiB; "
+                f"set buffer_rows to {max(options.batch_size, BUFFER_LIMIT // (2 * need))} or less"
+            )
+
+    def _usable_views(self, wanted: int | None) -> list[int]:
+        if self.store is None or not self.readers:
+            return list(range(wanted or 1))
+        sealed = [set(self.store.views(reader.name)) for reader in self.readers]
+        common = sorted(set.intersection(*sealed))
+        if not common or (wanted is not None and len(common) < wanted):
+            names = ", ".join(
+                f"{reader.name}: {sorted(views) or 'none'}" for reader, views in zip(self.readers, sealed, strict=True)
+            )
+            raise InputNotFound(
+                f"{self.store.path}: {wanted or 1} views asked for, complete in every teacher are {common or 'none'} (sealed: {names}); "
+                f"finish with 'hdcache extract --store {self.store.path} --num-views {wanted or 1} ...'"
+            )
+        return common[:wanted]
+
+    def rows(self, view: int) -> NDArray[np.int64]:
+        """Rows of a view that every teacher holds, ascending."""
+        good = np.ones(len(self.ids), bool)
+        for reader in self.readers:
+            good[list(reader.manifest(view).failed)] = False
+        found = np.flatnonzero(good)
+        if not len(found):
+            raise InputNotFound(f"no row of view {view} is usable: every one failed in extraction")
+        return found
+
+    def batches_per_epoch(self, epoch: int = 0) -> int:
+        """Global batches of an epoch."""
+        count, size = len(self.rows(self._view(epoch))), self.options.batch_size
+        batches = count // size if self.options.drop_last else -(-count // size)
+        if not batches:
+            raise UsageError(f"{count} usable rows do not fill one batch of {size}; choose a smaller batch_size")
+        return batches
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch()
+
+    def _view(self, epoch: int) -> int:
+        return self.views[epoch % len(self.views)]
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Rows of an epoch in order; every usable row exactly once."""
+        options = self.options
+        return epoch_order(
+            self.rows(self._view(epoch)),
+            options.batch_size,
+            run_rows=RUN_ROWS,
+            buffer_rows=options.buffer_rows,
+            seed=options.seed,
+            epoch=epoch,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The next epoch: 0 at the first call, then 1, ..."""
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        return self.epoch(epoch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of ``epoch`` from number ``start`` on: the state of a loader is these two numbers."""
+        options, view, order = self.options, self._view(epoch), self.order(epoch)
+        count = self.batches_per_epoch(epoch)
+        shares = []
+        for index in range(start, count):
+            batch = order[index * options.batch_size : (index + 1) * options.batch_size]
+            shares.append(batch[rank_slice(len(batch), options.rank, options.world)])
+        runs = Runs(self.stored, view, len(self.ids), shares)
+        table, samples = self._table(view)
+        ahead = max(options.prefetch, -(-options.buffer_rows // options.batch_size))
+        with (
+            ThreadPoolExecutor(options.threads, "decode") as decoding,
+            ThreadPoolExecutor(2, "read") as reading,
+            ThreadPoolExecutor(1, "collate") as collating,
+        ):
+            pending: list[Future[_Pending]] = []
+            submitted = 0
+            try:
+                for number in range(len(shares)):
+                    runs.request(reading, number + ahead + 1)
+                    while submitted < min(len(shares), number + options.prefetch):
+                        rows = shares[submitted]
+                        futures = [
+                            decoding.submit(self._open, view, int(row), int(samples[row]), table) for row in rows
+                        ]
+                        pending.append(collating.submit(self._collate, runs, submitted, rows, samples, futures, epoch))
+                        submitted += 1
+                    began = time.perf_counter()
+                    ready = pending.pop(0).result()
+                    self.waited += time.perf_counter() - began
+                    yield self._finish(ready, epoch, view, start + number)
+            finally:
+                for pool in (collating, decoding, reading):
+                    pool.shutdown(wait=False, cancel_futures=True)
+
+    def _table(self, view: int) -> tuple[tuple[NDArray[np.int32], NDArray[np.uint8]] | None, NDArray[np.int64]]:
+        if self.store is None or not self.readers:
+            return None, row_order(len(self.ids), self.spec.seed, view)
+        if view not in self._geometry:
+            self._geometry = {view: read_geometry(self.store, view)}
+        table = self._geometry[view]
+        return table, table[0][:, 0].astype(np.int64)
+
+    def _open(
+        self, view: int, row: int, sample: int, table: tuple[NDArray[np.int32], NDArray[np.uint8]] | None
+    ) -> list[NDArray[np.uint8]] | str:
+        recorded: Recorded | None = None if table is None else (table[0][row], table[1][row].tobytes())
+        try:
+            opened = open_sample(self.dataset, self.ids[sample], self.spec, view, recorded)
+        except UnreadableImage as error:
+            if table is not None:
+                raise StoreMismatch(f"{error}; it could be read when the store was made") from None
+            return str(error)
+        sizes = [self.options.preprocessing, *(target.teacher.card.preprocessing for target in self.live)]
+        rendered: dict[tuple[int, str], NDArray[np.uint8]] = {}
+        for wanted in sizes:
+            key = (wanted.size, wanted.interpolation)
+            if key not in rendered:
+                rendered[key] = opened.pixels(wanted)
+        return [rendered[(wanted.size, wanted.interpolation)] for wanted in sizes]
+
+    def _collate(
+        self,
+        runs: Runs,
+        number: int,
+        rows: NDArray[np.int64],
+        samples: NDArray[np.int64],
+        futures: Sequence[Future[list[NDArray[np.uint8]] | str]],
+        epoch: int,
+    ) -> _Pending:
+        opened = [future.result() for future in futures]
+        kept = [i for i, found in enumerate(opened) if not isinstance(found, str)]
+        for i, found in enumerate(opened):
+            if isinstance(found, str):
+                self.dropped[self.ids[samples[rows[i]]]] = found
+        if not kept:
+            raise InputNotFound(
+                f"no image of a whole batch could be read; the first: {next(iter(self.dropped.values()), 'none')}"
+            )
+        chosen = samples[rows[kept]]
+        ids = [self.ids[sample] for sample in chosen]
+        images = [found for found in opened if not isinstance(found, str)]
+        pixels = [np.stack([image[which] for image in images]) for which in range(1 + len(self.live))]
+        jitter = None
+        if self.options.jitter is not None:
+            jitter = draw_jitter(self.options.jitter, self.options.seed, ids, epoch)
+        return _Pending(ids, self.labels[chosen], pixels, runs.gather(number, rows), jitter)
+
+    def _finish(self, ready: _Pending, epoch: int, view: int, index: int) -> Batch:
+        student = self._to_device(ready.pixels[0])
+        targets: dict[str, dict[str, Tokens | Tensor]] = {}
+        for target in self.stored:
+            arrays = {name: self._to_device(value) for name, value in ready.arrays[target.name].items()}
+            targets[target.name] = target.finish(arrays)
+        for live, pixels in zip(self.live, ready.pixels[1:], strict=True):
+            targets[live.name] = live.finish(torch.from_numpy(pixels))
+        if ready.jitter is None:
+            images = normalize(student, self.options.preprocessing)
+        else:
+            jittered = apply_jitter(student.to(torch.float32) / 255, *ready.jitter)
+            images = normalize(jittered, self.options.preprocessing)
+        labels = self._to_device(ready.labels)
+        return Batch(images, ready.ids, labels, targets, epoch, view, index)
+
+    def _to_device(self, value: NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(value)
+        if self.options.device.type == "cuda":
+            return tensor.pin_memory().to(self.options.device, non_blocking=True)
+        return tensor.to(self.options.device)

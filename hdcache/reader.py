@@ -1,0 +1,162 @@
+"""Rows of one teacher, as stored and decoded; what every reader of a store goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hdcache.arrays import ArrayReader
+from hdcache.encodings import Encoder
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
+from hdcache.integrity import teacher_ledger, view_ledger
+from hdcache.schema import Manifest, StoredObject, TeacherRecord, check_key
+from hdcache.store import GEOMETRY_COLUMNS, Store
+from hdcache.taps import Tokens
+
+Parts = dict[str, NDArray[np.generic]]
+
+
+class TeacherReader:
+    """One teacher of a store: its record, encoders, frozen weights and the sealed rows of its views."""
+
+    def __init__(self, store: Store, name: str, pipeline: str | None = None) -> None:
+        self.store, self.name = store, name
+        self.record: TeacherRecord = store.teacher(name)
+        self._pipeline = pipeline
+        self._manifests: dict[int, Manifest] = {}
+        self._arrays: dict[tuple[int, str, str], ArrayReader] = {}
+
+    @cached_property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoder of each stored tap."""
+        return {
+            tap: Encoder(
+                card,
+                {
+                    name: self._constant(f"encodings/{tap}/{name}", *self._shape(value))
+                    for name, value in card.constants.items()
+                },
+            )
+            for tap, card in self.record.taps.items()
+        }
+
+    @cached_property
+    def weights(self) -> dict[str, NDArray[np.generic]]:
+        """The frozen pieces that derive targets, float32, by the names of ``record.weights``."""
+        return {
+            name: self._constant(f"weights/{name}", *self._shape(card)) for name, card in self.record.weights.items()
+        }
+
+    @staticmethod
+    def _shape(card: object) -> tuple[tuple[int, ...], str]:
+        return card.shape, card.dtype  # type: ignore[attr-defined]
+
+    def _constant(self, key: str, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
+        folder = self.store.teacher_path(self.name)
+        return ArrayReader(folder, check_key(key), shape, dtype, self.record.objects, None, self._pipeline).rows(
+            0, shape[0]
+        )
+
+    def manifest(self, view: int) -> Manifest:
+        """The seal of one view.
+
+        Raises
+        ------
+        InputNotFound
+            when the view is not sealed, with the command that completes it.
+        StoreCorrupt
+            when the seal belongs to another teacher.
+        """
+        if view not in self._manifests:
+            ledger = teacher_ledger(self.store, self.name, view)
+            if not ledger.sealed:
+                have = self.store.views(self.name)
+                raise InputNotFound(
+                    f"{self.store.path}: view {view} of teacher {self.name!r} is not complete (sealed views: {have or 'none'}); "
+                    "run the same 'hdcache extract' command again to finish it"
+                )
+            manifest = ledger.manifest()
+            expected = self.record.identity_digest()
+            if (manifest.teacher, manifest.view, manifest.identity) != (self.name, view, expected):
+                raise StoreCorrupt(
+                    f"{ledger.folder}/manifest.json: seals {manifest.teacher!r} view {manifest.view}, not {self.name!r} view {view}"
+                )
+            self._manifests[view] = manifest
+        return self._manifests[view]
+
+    def _array(self, view: int, tap: str, name: str) -> ArrayReader:
+        key = (view, tap, name)
+        if key not in self._arrays:
+            card = self.record.taps[tap].arrays[name]
+            manifest = self.manifest(view)
+            self._arrays[key] = ArrayReader(
+                self.store.path,
+                f"teachers/{self.name}/views/{view}/{check_key(tap)}/{check_key(name)}",
+                (self.store.card.dataset.count, *card.shape),
+                card.dtype,
+                manifest.objects,
+                self.store.card.rows_per_shard,
+                self._pipeline,
+            )
+        return self._arrays[key]
+
+    def rows(self, view: int, tap: str, start: int, stop: int) -> Parts:
+        """Stored arrays of rows ``[start, stop)`` of a tap, each [rows, ...]."""
+        return {name: self._array(view, tap, name).rows(start, stop) for name in self.record.taps[tap].arrays}
+
+    def decode(self, tap: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
+        """Decode stored arrays of any number of rows, on the device they are on."""
+        return self.encoders[tap].decode(parts, dtype)
+
+    def tap(self, view: int, tap: str, start: int, stop: int) -> Tokens | Tensor:
+        """Rows ``[start, stop)`` of a tap, decoded to float32 on the CPU (for looking at; loading has its own path)."""
+        parts = {name: torch.from_numpy(value) for name, value in self.rows(view, tap, start, stop).items()}
+        return self.decode(tap, parts)
+
+    def bytes_per_row(self, taps: Sequence[str]) -> int:
+        """Uncompressed bytes of one row of ``taps`` in a reader's buffer."""
+        cards = [card for tap in taps for card in self.record.taps[tap].arrays.values()]
+        return sum(int(np.prod(card.shape)) * np.dtype(card.dtype).itemsize for card in cards)
+
+
+def read_geometry(store: Store, view: int, pipeline: str | None = None) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """The rows of a view: int32 [rows, 8] with the columns of ``GEOMETRY_COLUMNS``, and sha256 uint8 [rows, 32] of the sources.
+
+    A row whose image could not be read has a source width of 0.
+    """
+    ledger = view_ledger(store, view)
+    if not ledger.sealed:
+        raise InputNotFound(f"{store.path}: view {view} is not complete; run the same 'hdcache extract' command again")
+    listed: dict[str, StoredObject] = dict(ledger.manifest().objects)
+    count, shard = store.card.dataset.count, store.card.rows_per_shard
+    geometry = ArrayReader(store.path, f"views/{view}/geometry", (count, 8), "int32", listed, shard, pipeline).rows(
+        0, count
+    )
+    digests = ArrayReader(
+        store.path, f"views/{view}/source_digest", (count, 32), "uint8", listed, shard, pipeline
+    ).rows(0, count)
+    samples = geometry[:, GEOMETRY_COLUMNS.index("sample")]
+    if not np.array_equal(np.sort(samples), np.arange(count)):
+        raise StoreMismatch(f"{store.path}/views/{view}: its rows do not name every sample once")
+    return geometry.astype(np.int32), digests.astype(np.uint8)
+
+
+def read_shard_geometry(store: Store, view: int, shard: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]] | None:
+    """The recorded geometry and digests of one shard, sealed or not; None where no teacher has written it."""
+    ledger = view_ledger(store, view)
+    receipt = ledger.receipt(shard)
+    if receipt is None:
+        return None
+    listed = {f"{ledger.key}/{key}": value for key, value in receipt.objects.items()}
+    count, size = store.card.dataset.count, store.card.rows_per_shard
+    start, stop = receipt.rows
+    geometry = ArrayReader(store.path, f"{ledger.key}/geometry", (count, 8), "int32", listed, size).rows(start, stop)
+    digests = ArrayReader(store.path, f"{ledger.key}/source_digest", (count, 32), "uint8", listed, size).rows(
+        start, stop
+    )
+    return geometry.astype(np.int32), digests.astype(np.uint8)

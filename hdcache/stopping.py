@@ -1,0 +1,38 @@
+"""Stop at a safe point: signals set a flag that long work asks for, so that nothing is cut in half."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from hdcache.errors import Interrupted
+
+_received: list[int] = []
+
+
+def install() -> None:
+    """Let SIGTERM, SIGUSR1 (SLURM's warning) and a first Ctrl-C ask for a stop; a second Ctrl-C stops at once."""
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
+        if number is not None:
+            signal.signal(number, _remember)
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT and signal.SIGINT in _received:
+        raise KeyboardInterrupt
+    _received.append(number)
+
+
+def requested() -> bool:
+    """Whether a signal asked for a stop."""
+    return bool(_received)
+
+
+def stop(saved: str) -> Interrupted:
+    """The error to leave with after progress was saved: exit 75, or 130 after Ctrl-C."""
+    error = Interrupted(
+        f"stopped by {signal.Signals(_received[0]).name} with {saved}; run the same command again to go on"
+    )
+    if _received[0] == signal.SIGINT:
+        error.exit_code = 130
+    return error

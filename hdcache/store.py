@@ -1,0 +1,179 @@
+"""Store format 1: where everything lies.
+
+::
+
+    STORE/zarr.json                         attributes.hdcache: StoreCard
+    STORE/samples/{id_bytes,id_offsets,label}
+    STORE/views/K/{geometry,source_digest}  one row per (sample, view K), in the view's own order
+    STORE/teachers/NAME/zarr.json           attributes.hdcache: TeacherRecord
+    STORE/teachers/NAME/encodings/TAP/...   constants of an encoding (basis, mean, step)
+    STORE/teachers/NAME/weights/blockN/...  the frozen pieces that derive targets
+    STORE/teachers/NAME/views/K/TAP/...     the stored rows
+    .../views/K/receipts/N.json, manifest.json
+
+Every array is plain Zarr v3 with core codecs only, so zarr-python, zarrs and tensorstore all open it. No torch here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+
+from hdcache.arrays import ArrayReader, durable_write, group_metadata, read_json, write_constant
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
+from hdcache.schema import FORMAT, Receipt, StoreCard, StoredObject, TeacherRecord, check_name
+
+GEOMETRY_COLUMNS = ("sample", "left", "top", "width", "height", "flip", "source_width", "source_height")
+
+
+class Store:
+    """A store folder, opened. Cheap: reads only the root record until something is asked for."""
+
+    def __init__(self, path: Path, card: StoreCard) -> None:
+        self.path, self.card = path, card
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open an existing store.
+
+        Raises
+        ------
+        InputNotFound
+            when there is no store at ``path``.
+        StoreMismatch
+            when it was written in a newer format.
+        StoreCorrupt
+            when its root record is malformed.
+        """
+        root = Path(path).expanduser()
+        if not (root / "zarr.json").is_file():
+            if (root / "samples").is_dir():
+                raise InputNotFound(
+                    f"{root}: a store whose creation was cut short; run the same 'hdcache extract' command again"
+                )
+            raise InputNotFound(
+                f"{root}: no store there; make one with 'hdcache extract DATA --store {root} --teacher MODEL'"
+            )
+        attributes = read_json(root / "zarr.json")
+        record = attributes.get("attributes", {}).get("hdcache") if isinstance(attributes, dict) else None
+        if not isinstance(record, dict):
+            raise InputNotFound(f"{root}: a Zarr group, but not an hdcache store (no 'hdcache' attribute)")
+        version = record.get("format")
+        if isinstance(version, int) and version > FORMAT:
+            raise StoreMismatch(
+                f"{root}: store format {version}, this hdcache reads up to {FORMAT}; 'pip install -U hdcache'"
+            )
+        return cls(root, StoreCard.parse(record, root / "zarr.json"))
+
+    @classmethod
+    def create(cls, path: str | Path, card: StoreCard, ids: Sequence[str], labels: NDArray[np.int64]) -> Store:
+        """Create a store with its samples; the root record is written last, so a half-made store is never opened."""
+        root = Path(path).expanduser()
+        if root.is_dir() and any(
+            entry.name not in ("samples", "views", "teachers") and not entry.name.startswith(".")
+            for entry in root.iterdir()
+        ):
+            raise StoreMismatch(f"{root}: not empty and not a store; give --store another folder")
+        data = [sample.encode() for sample in ids]
+        objects: dict[str, StoredObject] = {}
+        arrays: dict[str, NDArray[Any]] = {
+            "id_bytes": np.frombuffer(b"".join(data), np.uint8),
+            "id_offsets": np.cumsum([0, *map(len, data)], dtype=np.int64),
+            "label": np.asarray(labels, np.int64),
+        }
+        for name, value in arrays.items():
+            objects |= write_constant(root / "samples", name, value)
+        receipt = Receipt(shard=0, rows=(0, len(ids)), objects=objects)
+        durable_write(root / "samples" / "receipt.json", receipt.canonical())
+        for group in ("samples", "views", "teachers"):
+            durable_write(root / group / "zarr.json", group_metadata({}))
+        durable_write(root / "zarr.json", group_metadata(card.model_dump(mode="json")))
+        return cls(root, card)
+
+    def _sample_array(self, name: str, count: int | None, dtype: str) -> NDArray[np.generic]:
+        listed = Receipt.parse(
+            read_json(self.path / "samples" / "receipt.json"), self.path / "samples" / "receipt.json"
+        ).objects
+        if count is None:
+            chunk = listed.get(f"{name}/c.0")
+            if chunk is None:
+                raise StoreCorrupt(f"{self.path}/samples/receipt.json: {name} is not listed")
+            count = chunk.size - 4  # one byte a value, and the crc32c
+        return ArrayReader(self.path / "samples", name, (count,), dtype, listed, None).rows(0, count)
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Sample ids, sorted bytewise."""
+        offsets = self._sample_array("id_offsets", self.card.dataset.count + 1, "int64")
+        data = self._sample_array("id_bytes", None, "uint8").tobytes()
+        ends = offsets.tolist()
+        if ends[0] != 0 or ends[-1] != len(data) or any(a >= b for a, b in itertools.pairwise(ends)):
+            raise StoreCorrupt(f"{self.path}/samples: id offsets do not fit the id bytes")
+        try:
+            return tuple(data[a:b].decode() for a, b in itertools.pairwise(ends))
+        except UnicodeDecodeError:
+            raise StoreCorrupt(f"{self.path}/samples/id_bytes: not UTF-8") from None
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [samples], an index into ``card.dataset.classes``, -1 where there is none."""
+        return self._sample_array("label", self.card.dataset.count, "int64").astype(np.int64)
+
+    def teachers(self) -> list[str]:
+        """Names of the teachers in the store, sealed or not."""
+        return sorted(folder.parent.name for folder in (self.path / "teachers").glob("*/zarr.json"))
+
+    def teacher_path(self, name: str) -> Path:
+        return self.path / "teachers" / check_name(name, "teacher")
+
+    def teacher(self, name: str) -> TeacherRecord:
+        """The record of one teacher; :class:`InputNotFound` lists those that exist."""
+        path = self.teacher_path(name) / "zarr.json"
+        if not path.is_file():
+            known = ", ".join(self.teachers()) or "none"
+            raise InputNotFound(
+                f"{self.path}: no teacher {name!r} (teachers: {known}); "
+                f"add it with 'hdcache extract --store {self.path} --teacher {name}=MODEL'"
+            )
+        return TeacherRecord.parse(read_json(path).get("attributes", {}).get("hdcache"), path)
+
+    def views(self, teacher: str) -> list[int]:
+        """Sealed views of a teacher, ascending."""
+        found = (self.teacher_path(teacher) / "views").glob("*/manifest.json")
+        return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Exclusive right to write ``name`` (a teacher); the system frees it when the process dies, however it dies."""
+        with write_lock(self.path / f".{check_name(name, 'teacher')}.lock"):
+            yield
+
+
+@contextmanager
+def write_lock(path: Path) -> Iterator[None]:
+    """An exclusive, crash-safe file lock; :class:`StoreLocked` names the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0)
+    owner = path.with_suffix(".owner")
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        who = owner.read_text().strip() if owner.is_file() else "another process"
+        raise StoreLocked(
+            f"{path.parent} is being written by {who}; wait for it, or stop it and run the same command again"
+        ) from None
+    try:
+        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()

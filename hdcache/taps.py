@@ -1,0 +1,220 @@
+"""One forward of a timm ViT that yields the named inner tensors and stops at the last one asked for.
+
+Legend: B images, P prefix tokens (class, registers), N patch tokens, T = P + N, D width, H heads, K head width.
+
+===================  =======================================================================  ==================
+name                 what it is                                                               value
+===================  =======================================================================  ==================
+``blockN.out``       residual stream after block N (1-based)                                  Tokens, D
+``blockN.attn_in``   what the block's QKV reads: norm1 of its input                           Tokens, D
+``blockN.qkv``       queries, keys, values side by side, before any Q/K norm                  Tokens, 3 H K
+``blockN.rel.XY``    token relations, XY in qk, vv, qq, kk; ``@H`` splits into H heads        [B, H, T, T]
+``final``            after the last norm                                                      Tokens, D
+``pooled``           what timm's head pools                                                   [B, D]
+``logits``           the classifier's output                                                  [B, classes]
+===================  =======================================================================  ==================
+
+Student and teacher go through the same code, with and without gradient.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from hdcache.errors import UsageError
+from hdcache.relations import relation, split_heads
+
+_NAME = re.compile(
+    r"^block(?P<block>[1-9]\d*)\.(?P<what>out|attn_in|qkv|rel\.(?P<kind>qk|vv|qq|kk)(@(?P<heads>[1-9]\d*))?)$"
+)
+GRAMMAR = "blockN.out, blockN.attn_in, blockN.qkv, blockN.rel.qk|vv|qq|kk[@HEADS], final, pooled, logits"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token features with prefix and patch tokens apart."""
+
+    prefix: Tensor
+    """[B, P, D]: class token first, then registers; P may be 0."""
+    patches: Tensor
+    """[B, N, D] in row-major order of the patch grid."""
+
+    def sequence(self) -> Tensor:
+        """[B, P + N, D] as the network itself has it."""
+        return torch.cat([self.prefix, self.patches], dim=1) if self.prefix.shape[1] else self.patches
+
+
+@dataclass(frozen=True)
+class TapName:
+    """A parsed tap name. ``block`` is 1-based, 0 for the names that belong to no block."""
+
+    name: str
+    block: int
+    what: str
+    """out, attn_in, qkv, rel, final, pooled or logits."""
+    kind: str = ""
+    """qk, vv, qq or kk where ``what`` is rel."""
+    heads: int | None = None
+    """Heads to split into, where asked for (``@H``)."""
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.what in ("out", "attn_in", "qkv", "final")
+
+
+def parse_tap(name: str, depth: int | None = None) -> TapName:
+    """Parse a tap name; with ``depth``, a block beyond it is a :class:`UsageError` too."""
+    if name in ("final", "pooled", "logits"):
+        return TapName(name, 0, name)
+    match = _NAME.match(name)
+    if not match:
+        raise UsageError(f"unknown tap {name!r}; taps are {GRAMMAR}")
+    block = int(match["block"])
+    if depth is not None and block > depth:
+        raise UsageError(f"tap {name!r}: the network has {depth} blocks, block1 to block{depth}")
+    heads = int(match["heads"]) if match["heads"] else None
+    return TapName(name, block, "rel" if match["kind"] else match["what"], match["kind"] or "", heads)
+
+
+def num_blocks(model: nn.Module) -> int:
+    """Depth of a supported ViT; :class:`UsageError` names what is not supported."""
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(
+            f"{type(model).__name__} is not a plain timm VisionTransformer; "
+            "windowed, hybrid and rotary (EVA, DINOv3) networks cannot be tapped yet"
+        )
+    return len(model.blocks)
+
+
+def attention_of(model: nn.Module, block: int) -> Attention:
+    """The attention of a 1-based block, if its queries, keys and values can be read as timm's plain ones are.
+
+    Raises
+    ------
+    UsageError
+        saying which kind of attention or block cannot be read.
+    """
+    num_blocks(model)
+    layer = model.blocks[block - 1]  # type: ignore[index, operator]  # nn.Module's attributes are untyped
+    if isinstance(layer, ResPostBlock | ParallelScalingBlock) or not isinstance(layer, Block):
+        raise UsageError(
+            f"block{block} is a {type(layer).__name__}: its attention does not read norm1 of the block's input; "
+            f"tap block{block}.out instead"
+        )
+    if type(layer.attn) is not Attention:
+        raise UsageError(
+            f"block{block} has {type(layer.attn).__name__}, whose queries and keys are not those of plain attention "
+            f"(rotary or windowed); tap block{block}.out instead"
+        )
+    return layer.attn
+
+
+def forward_taps(
+    model: nn.Module, images: Tensor, names: Sequence[str], keep: Tensor | None = None
+) -> dict[str, Tokens | Tensor]:
+    """Run ``model`` on ``images`` and return the named taps; nothing after the last of them is computed.
+
+    Parameters
+    ----------
+    images
+        float [B, 3, H, W], normalised for ``model``.
+    names
+        tap names, see the table above.
+    keep
+        int64 [B, M], ascending indices of the patch tokens to run on (masked encoders); all when None.
+
+    Raises
+    ------
+    UsageError
+        for an unknown name, a block that does not exist, or an attention that cannot be read.
+    """
+    depth = num_blocks(model)
+    wanted = [parse_tap(name, depth) for name in names]
+    for tap in wanted:
+        if tap.what in ("attn_in", "qkv", "rel"):
+            attention_of(model, tap.block)
+        if tap.what == "logits" and not getattr(model, "num_classes", 0):
+            raise UsageError("tap 'logits': the network has no classifier (num_classes is 0)")
+    last = max((depth if tap.block == 0 else tap.block for tap in wanted), default=0)
+    after = [tap for tap in wanted if tap.block == 0]
+    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    found: dict[str, Tokens | Tensor] = {}
+
+    x_BTD = embed_tokens(model, images, keep)
+    for number in range(1, last + 1):
+        inside = [tap for tap in wanted if tap.block == number]
+        reads = [tap for tap in inside if tap.what in ("attn_in", "qkv", "rel")]
+        if reads:
+            found.update(_attention_taps(model, number, x_BTD, reads, prefix))
+        # The block itself is needed for its own output, for a later block, and for what follows the last block.
+        if number < last or after or any(tap.what == "out" for tap in inside):
+            x_BTD = model.blocks[number - 1](x_BTD)  # type: ignore[index, operator]
+        for tap in inside:
+            if tap.what == "out":
+                found[tap.name] = _tokens(x_BTD, prefix)
+    if after:
+        x_BTD = model.norm(x_BTD)  # type: ignore[operator]
+    for tap in after:
+        if tap.what == "final":
+            found["final"] = _tokens(x_BTD, prefix)
+        else:
+            found[tap.name] = model.forward_head(x_BTD, pre_logits=tap.what == "pooled")  # type: ignore[operator]
+    return {name: found[name] for name in names}
+
+
+def embed_tokens(model: nn.Module, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Patch embedding, prefix tokens, positions: the input of block 1, [B, P + N, D] (or P + M with ``keep``)."""
+    x = model.patch_embed(images)  # type: ignore[operator]
+    x = model._pos_embed(x)  # type: ignore[operator]
+    if keep is not None:
+        prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+        index = (keep + prefix).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        x = torch.cat([x[:, :prefix], x.gather(1, index)], dim=1)
+    x = model.patch_drop(x)  # type: ignore[operator]
+    return model.norm_pre(x)  # type: ignore[operator, no-any-return]
+
+
+def _tokens(x_BTD: Tensor, prefix: int) -> Tokens:
+    return Tokens(x_BTD[:, :prefix], x_BTD[:, prefix:])
+
+
+def _attention_taps(
+    model: nn.Module, number: int, x_BTD: Tensor, taps: Sequence[TapName], prefix: int
+) -> Mapping[str, Tokens | Tensor]:
+    attention = attention_of(model, number)
+    attn_in = model.blocks[number - 1].norm1(x_BTD)  # type: ignore[index, union-attr, operator]
+    found: dict[str, Tokens | Tensor] = {}
+    qkv = attention.qkv(attn_in) if any(tap.what != "attn_in" for tap in taps) else None
+    for tap in taps:
+        if tap.what == "attn_in":
+            found[tap.name] = _tokens(attn_in, prefix)
+        elif tap.what == "qkv":
+            assert qkv is not None  # noqa: S101  # programmer invariant
+            found[tap.name] = _tokens(qkv, prefix)
+        else:
+            assert qkv is not None  # noqa: S101
+            found[tap.name] = relation_of_qkv(attention, qkv, tap.kind, tap.heads)
+    return found
+
+
+def relation_of_qkv(attention: nn.Module, qkv_BTE: Tensor, kind: str, heads: int | None = None) -> Tensor:
+    """Softmaxed token relation [B, H, T, T] of a block's ``qkv`` output [B, T, 3 H K].
+
+    With the block's own head count, Q and K pass its Q/K norm as in its own attention. Another head count
+    (``heads``) cannot: the norms are sized for the block's heads, and such a block is refused.
+    """
+    own = int(attention.num_heads)  # type: ignore[arg-type]
+    q, k, v = split_heads(qkv_BTE, heads or own)
+    if not (isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)):
+        if heads not in (None, own):
+            raise UsageError(f"relations with {heads} heads: the block normalises Q and K for its own {own} heads")
+        q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
+    pick = {"q": q, "k": k, "v": v}
+    return relation(pick[kind[0]], pick[kind[1]])

@@ -1,0 +1,135 @@
+"""Where a batch's targets come from: sealed rows of a store, or the teacher itself (``--online``).
+
+Both give the same values to the bit when rows are stored in fp32: they share :mod:`hdcache.targets`, and a live
+teacher runs the same batch shapes as extraction did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hdcache.errors import UsageError
+from hdcache.reader import TeacherReader
+from hdcache.store import Store
+from hdcache.taps import Tokens, parse_tap
+from hdcache.targets import Derivation, derivation, plan_targets, sources
+from hdcache.teachers import Teacher
+
+RUN_ROWS = 32
+"""Rows that are read together."""
+
+
+class StoredTargets:
+    """Targets from sealed rows of one teacher."""
+
+    def __init__(self, reader: TeacherReader, targets: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        self.reader, self.name, self.dtype = reader, reader.name, dtype
+        record = reader.record
+        plan = plan_targets(
+            targets, list(record.taps), depth=record.card.depth, teacher=self.name, store=str(reader.store.path)
+        )
+        weights = {name: torch.from_numpy(np.array(value)).to(device) for name, value in reader.weights.items()}
+        self.derivation: Derivation = derivation(plan, record.attention, weights)
+
+    def read(self, view: int, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
+        """Stored arrays of a run of rows, by ``tap/array``."""
+        return {
+            f"{tap}/{name}": value
+            for tap in self.derivation.taps
+            for name, value in self.reader.rows(view, tap, start, stop).items()
+        }
+
+    def finish(self, arrays: Mapping[str, Tensor]) -> dict[str, Tokens | Tensor]:
+        """Targets of a batch from its stored arrays, on the device those are on."""
+        decoded = {}
+        for tap in self.derivation.taps:
+            parts = {name: arrays[f"{tap}/{name}"] for name in self.reader.record.taps[tap].arrays}
+            decoded[tap] = self.reader.decode(tap, parts, self.dtype)
+        return self.derivation.derive(decoded)
+
+
+class LiveTargets:
+    """The same targets from the teacher itself, run on each batch (``--online``)."""
+
+    def __init__(self, teacher: Teacher, targets: Sequence[str]) -> None:
+        self.teacher, self.name = teacher, teacher.name
+        depth = teacher.card.depth
+        taps = list(dict.fromkeys(sources(parse_tap(target, depth))[0] for target in targets))
+        plan = plan_targets(targets, taps, depth=depth, teacher=teacher.name, store="online")
+        arrays, facts = teacher.weights_for(taps)
+        weights = {name: torch.from_numpy(value).to(teacher.device) for name, value in arrays.items()}
+        self.derivation: Derivation = derivation(plan, facts, weights)
+
+    def finish(self, pixels: Tensor) -> dict[str, Tokens | Tensor]:
+        """Targets of uint8 pixels [B, 3, size, size] at the teacher's input size."""
+        return self.derivation.derive(self.teacher.forward(pixels, self.derivation.taps))
+
+
+class Runs:
+    """Runs of rows, each read once, kept until the last batch that needs it."""
+
+    def __init__(
+        self, stored: Sequence[StoredTargets], view: int, count: int, shares: Sequence[NDArray[np.int64]]
+    ) -> None:
+        self._stored, self._view, self._count = stored, view, count
+        self._needs = [np.unique(rows // RUN_ROWS).tolist() for rows in shares] if stored else [[] for _ in shares]
+        self._uses: dict[int, int] = {}
+        for needed in self._needs:
+            for run in needed:
+                self._uses[run] = self._uses.get(run, 0) + 1
+        self._futures: dict[int, Future[dict[str, dict[str, NDArray[np.generic]]]]] = {}
+        self._requested = 0
+
+    def request(self, pool: ThreadPoolExecutor, until: int) -> None:
+        """Start reading what the batches before number ``until`` need."""
+        while self._requested < min(until, len(self._needs)):
+            for run in self._needs[self._requested]:
+                if run not in self._futures:
+                    self._futures[run] = pool.submit(self._read, run)
+            self._requested += 1
+
+    def _read(self, run: int) -> dict[str, dict[str, NDArray[np.generic]]]:
+        start, stop = run * RUN_ROWS, min((run + 1) * RUN_ROWS, self._count)
+        return {target.name: target.read(self._view, start, stop) for target in self._stored}
+
+    def gather(self, number: int, rows: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.generic]]]:
+        """Stored arrays of ``rows``, the ones of batch ``number``; forgets runs that no later batch needs."""
+        gathered: dict[str, dict[str, NDArray[np.generic]]] = {target.name: {} for target in self._stored}
+        of_run = rows // RUN_ROWS
+        for run in self._needs[number]:
+            places = np.flatnonzero(of_run == run)
+            for teacher, arrays in self._futures[run].result().items():
+                for name, value in arrays.items():
+                    if name not in gathered[teacher]:
+                        gathered[teacher][name] = np.empty((len(rows), *value.shape[1:]), value.dtype)
+                    gathered[teacher][name][places] = value[rows[places] - run * RUN_ROWS]
+            self._uses[run] -= 1
+            if not self._uses[run]:
+                del self._futures[run], self._uses[run]
+        return gathered
+
+
+def open_targets(
+    store: Store | None,
+    wanted: Mapping[str, Sequence[str]],
+    *,
+    live: Mapping[str, Teacher] | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[StoredTargets], list[LiveTargets]]:
+    """Targets by teacher name: live for the teachers in ``live``, from ``store`` for all others."""
+    running = {name: LiveTargets(teacher, wanted[name]) for name, teacher in (live or {}).items() if name in wanted}
+    where = device or torch.device("cpu")
+    stored = []
+    for name, targets in wanted.items():
+        if name not in running:
+            if store is None:
+                raise UsageError(f"no store to read targets of teacher {name!r} from")
+            stored.append(StoredTargets(TeacherReader(store, name), targets, where, dtype))
+    return stored, list(running.values())

@@ -1,0 +1,147 @@
+"""What an objective asks for, derived from what a store holds.
+
+A target has a tap's name (``block9.rel.qk@12``). It may be stored itself, or follow from a stored tap: a block's
+``attn_in`` gives its ``qkv`` through one frozen matrix, and ``qkv`` gives every relation with any head count.
+Cached and online runs share this file, so that equal taps give equal targets to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hdcache.errors import InputNotFound, UsageError
+from hdcache.taps import TapName, Tokens, parse_tap, relation_of_qkv
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How the targets of one teacher follow from stored taps."""
+
+    plan: Mapping[str, str]
+    """Target name -> stored tap that gives it."""
+    attention: Mapping[int, nn.Module]
+    """Per block: an attention that holds only the frozen ``qkv`` (and Q/K norms)."""
+
+    @property
+    def taps(self) -> list[str]:
+        """Stored taps that have to be read."""
+        return sorted(set(self.plan.values()))
+
+    @torch.no_grad()
+    def derive(self, taps: Mapping[str, Tokens | Tensor]) -> dict[str, Tokens | Tensor]:
+        """Targets from decoded taps, on the device where those are. Relations are float32 probabilities."""
+        found: dict[str, Tokens | Tensor] = {}
+        projected: dict[int, Tensor] = {}
+        for target, source in self.plan.items():
+            asked, have = parse_tap(target), parse_tap(source)
+            if target == source:
+                found[target] = taps[source]
+                continue
+            value = taps[source]
+            assert isinstance(value, Tokens)  # noqa: S101  # attn_in and qkv are token taps
+            block = self.attention[asked.block]
+            if have.what == "attn_in":
+                if asked.block not in projected:
+                    projected[asked.block] = block.qkv(value.sequence())  # type: ignore[operator]
+                qkv = projected[asked.block]
+            else:
+                qkv = value.sequence()
+            if asked.what == "qkv":
+                prefix = value.prefix.shape[1]
+                found[target] = Tokens(qkv[:, :prefix], qkv[:, prefix:])
+            else:
+                found[target] = relation_of_qkv(block, qkv, asked.kind, asked.heads)
+        return found
+
+
+class _FrozenAttention(nn.Module):
+    """The part of a teacher's attention that targets need."""
+
+    def __init__(self, facts: Mapping[str, Any], block: int, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.num_heads = int(facts["heads"])
+        self.weight = weights[f"block{block}/qkv_weight"]
+        self.bias = weights.get(f"block{block}/qkv_bias")
+        self.q_norm, self.k_norm = (self._norm(facts, f"block{block}/{part}_norm", weights) for part in "qk")
+
+    @staticmethod
+    def _norm(facts: Mapping[str, object], key: str, weights: Mapping[str, Tensor]) -> nn.Module:
+        kind = facts["normalised"]
+        if not kind:
+            return nn.Identity()
+        weight = weights[f"{key}_weight"]
+        if kind not in ("LayerNorm", "LayerNormFp32"):
+            raise UsageError(
+                f"relations of a teacher with {kind} on Q and K cannot be derived; store the matrices: --tap blockN.rel.qk"
+            )
+        norm = nn.LayerNorm(weight.shape[0], eps=float(str(facts["epsilon"])))
+        norm.load_state_dict({"weight": weight, "bias": weights[f"{key}_bias"]})
+        return norm.to(weight.device)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def sources(target: TapName) -> list[str]:
+    """Taps that can give ``target``, cheapest to read first."""
+    block = f"block{target.block}"
+    if target.what == "rel":
+        stored = [] if target.heads else [target.name]
+        # A stored matrix is exact for its own head count, but many times larger than what it follows from.
+        return [f"{block}.attn_in", f"{block}.qkv", *stored]
+    if target.what == "qkv":
+        return [target.name, f"{block}.attn_in"]
+    return [target.name]
+
+
+def plan_targets(
+    targets: Sequence[str], held: Sequence[str], *, depth: int, teacher: str, store: str
+) -> dict[str, str]:
+    """For each target the held tap that gives it.
+
+    Raises
+    ------
+    InputNotFound
+        naming the ``hdcache extract`` command that would add what is missing.
+    """
+    plan: dict[str, str] = {}
+    missing: list[str] = []
+    for name in targets:
+        options = sources(parse_tap(name, depth))
+        found = next((tap for tap in options if tap in held), None)
+        if found is None:
+            missing.append(options[0])
+        else:
+            plan[name] = found
+    if missing:
+        taps = " ".join(f"--tap {tap}" for tap in sorted({*missing}))
+        raise InputNotFound(
+            f"{store}: teacher {teacher!r} holds {', '.join(held)}, which cannot give {', '.join(t for t in targets if t not in plan)}; "
+            f"add it under another name: 'hdcache extract --store {store} --teacher {teacher}-2=MODEL {taps}'"
+        )
+    return plan
+
+
+def derivation(
+    plan: Mapping[str, str], attention: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Tensor]
+) -> Derivation:
+    """The derivation that ``plan`` (from :func:`plan_targets`) describes.
+
+    Parameters
+    ----------
+    attention
+        facts of each tapped block (``TeacherRecord.attention``).
+    weights
+        float32 tensors by the names of ``TeacherRecord.weights``, on the device where targets are wanted.
+    """
+    blocks = {parse_tap(target).block for target, source in plan.items() if target != source}
+    frozen: dict[int, nn.Module] = {
+        block: _FrozenAttention(attention[f"block{block}"], block, weights) for block in blocks
+    }
+    return Derivation(dict(plan), frozen)

@@ -1,0 +1,220 @@
+"""A frozen teacher: from a spec to its card, and from pixels to taps, always in batches of one size.
+
+Matrix products may round differently for different batch shapes. A teacher therefore always runs batches of
+exactly ``batch`` images (the last one padded), during extraction and in ``--online`` runs alike: that is what
+makes cached equal live to the bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hdcache.backbones import Backbone, load_backbone, normalize
+from hdcache.errors import StoreMismatch, UsageError
+from hdcache.schema import TeacherCard, TeacherRecord, check_name
+from hdcache.taps import Tokens, attention_of, forward_taps, num_blocks, parse_tap
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network with the card that decides its outputs."""
+
+    name: str
+    card: TeacherCard
+    backbone: Backbone
+    batch: int
+    device: torch.device
+
+    def forward(self, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tokens | Tensor]:
+        """Taps of R images.
+
+        Parameters
+        ----------
+        pixels
+            uint8 [R, 3, size, size] at this teacher's input size.
+        taps
+            tap names of :mod:`hdcache.taps`.
+
+        Returns
+        -------
+        dict
+            float32 taps of R rows on the teacher's device.
+        """
+        pieces: list[dict[str, Tokens | Tensor]] = []
+        for start in range(0, len(pixels), self.batch):
+            part = pixels[start : start + self.batch].to(self.device)
+            count = len(part)
+            if count < self.batch:
+                part = torch.cat([part, part.new_zeros(self.batch - count, *part.shape[1:])])
+            with torch.inference_mode(), self._precision():
+                found = forward_taps(self.backbone.model, normalize(part, self.card.preprocessing), taps)
+            pieces.append({name: _rows(value, count) for name, value in found.items()})
+        return {name: _join([piece[name] for piece in pieces]) for name in taps}
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.card.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def weights_for(self, taps: Sequence[str]) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+        """The small frozen pieces that turn a stored ``attn_in`` into Q, K, V: arrays by name, and facts per block."""
+        arrays: dict[str, NDArray[np.float32]] = {}
+        facts: dict[str, Any] = {}
+        for tap in map(parse_tap, taps):
+            if tap.what not in ("attn_in", "qkv"):
+                continue
+            attention = attention_of(self.backbone.model, tap.block)
+            prefix = f"block{tap.block}"
+            modules = {"qkv": attention.qkv, "q_norm": attention.q_norm, "k_norm": attention.k_norm}
+            for part, module in modules.items():
+                for key, value in module.named_parameters():
+                    arrays[f"{prefix}/{part}_{key}"] = value.detach().float().cpu().numpy()
+            normalised = not isinstance(attention.q_norm, torch.nn.Identity)
+            facts[prefix] = {
+                "heads": int(attention.num_heads),
+                "normalised": type(attention.q_norm).__name__ if normalised else "",
+                "epsilon": float(getattr(attention.q_norm, "eps", 0.0) or 0.0),
+            }
+        return arrays, facts
+
+
+def _rows(value: Tokens | Tensor, count: int) -> Tokens | Tensor:
+    if isinstance(value, Tensor):
+        return value[:count].float()
+    return Tokens(value.prefix[:count].float(), value.patches[:count].float())
+
+
+def _join(pieces: list[Tokens | Tensor]) -> Tokens | Tensor:
+    tensors = [piece for piece in pieces if isinstance(piece, Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    tokens = [piece for piece in pieces if isinstance(piece, Tokens)]
+    return Tokens(torch.cat([t.prefix for t in tokens]), torch.cat([t.patches for t in tokens]))
+
+
+def split_name(spec: str) -> tuple[str, str]:
+    """``NAME=SPEC`` -> (name, spec); without a name, one is made from the architecture or the folder's name."""
+    head, sign, rest = spec.partition("=")
+    if sign and not set(head) & set("?:/&"):
+        return check_name(head, "teacher"), rest
+    base = spec.partition("?")[0].rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "teacher", "teacher"), spec
+
+
+def load_teacher(
+    spec: str,
+    *,
+    name: str | None = None,
+    img_size: int | None = None,
+    precision: str = "auto",
+    batch: int = 32,
+    device: str | torch.device = "cpu",
+    taps: Sequence[str] = (),
+) -> Teacher:
+    """Load and freeze the teacher that ``spec`` names (``NAME=SPEC``, or a spec of :mod:`hdcache.backbones`).
+
+    Raises
+    ------
+    UsageError
+        for a bad spec, an unsupported network, or a tap it does not have.
+    InputNotFound
+        for missing weights.
+    """
+    own, spec = split_name(spec)
+    where = torch.device(device)
+    if batch < 1:
+        raise UsageError(f"batch {batch} must be at least 1")
+    backbone = load_backbone(spec, img_size=img_size, classifier="logits" in taps)
+    backbone.model.to(where)
+    depth = num_blocks(backbone.model)
+    for tap in taps:
+        parsed = parse_tap(tap, depth)
+        if parsed.what in ("attn_in", "qkv", "rel"):
+            attention_of(backbone.model, parsed.block)
+    if "logits" in taps and not getattr(backbone.model, "num_classes", 0):
+        raise UsageError(f"teacher {spec}: no classifier, so there are no logits to store")
+    return Teacher(name or own, _card(backbone, choose_precision(precision, where)), backbone, batch, where)
+
+
+def _card(backbone: Backbone, precision: str) -> TeacherCard:
+    model: Any = backbone.model
+    return TeacherCard(
+        architecture=backbone.architecture,
+        arguments=backbone.arguments,
+        weights=backbone.weights,
+        preprocessing=backbone.preprocessing,
+        patch_size=int(model.patch_embed.patch_size[0]),
+        grid=tuple(model.patch_embed.grid_size),
+        prefix_tokens=int(model.num_prefix_tokens),
+        class_token=bool(model.has_class_token),
+        width=int(model.embed_dim),
+        depth=len(model.blocks),
+        heads=int(model.blocks[0].attn.num_heads),
+        precision=precision,  # type: ignore[arg-type]
+    )
+
+
+def reload_teacher(record: TeacherRecord, spec: str | None = None, device: str | torch.device = "cpu") -> Teacher:
+    """The live network of a teacher in a store, for ``--online`` runs and checks.
+
+    Raises
+    ------
+    StoreMismatch
+        when its weights are not those that the store was made with.
+    """
+    taps = list(record.taps)
+    card = record.card
+    teacher = load_teacher(
+        spec or record.source, name=record.name, precision=card.precision, batch=record.batch, device=device, taps=taps
+    )
+    if teacher.card != card:
+        raise StoreMismatch(
+            f"teacher {record.name}: {spec or record.source} has weights {teacher.card.weights[:12]}..., "
+            f"the store was made with {card.weights[:12]}...; give the original with --teacher {record.name}=SPEC"
+        )
+    return teacher
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16``; ``auto`` takes bf16 on CUDA devices and CPUs that compute in it."""
+    if asked in ("fp32", "bf16"):
+        return asked
+    if asked != "auto":
+        raise UsageError(f"precision {asked!r} must be auto, fp32 or bf16")
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cpu":
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return "bf16" if any(check is not None and check() for check in checks) else "fp32"
+    return "fp32"
+
+
+def choose_device(asked: str) -> torch.device:
+    """``auto`` takes CUDA, then MPS, then the CPU; a device that is not there is a :class:`UsageError`."""
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {asked!r} cannot be used here ({str(error).splitlines()[0][:120]}); try --device auto"
+        ) from None
+    return device
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of ``size`` that cover ``range(count)``."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,108 @@
+"""Which crop and flip (sample, view) means, and how a network's pixels come out of it.
+
+A view is a box and a flip in the source's own pixels (after EXIF orientation). It is drawn from
+(seed, sample id, view), stored as explicit integers, and replayed by every teacher and student; each
+network then resizes the box to its own input size. Nothing here depends on torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hdcache import draws
+from hdcache.errors import UsageError, nearest
+from hdcache.schema import ViewSpec
+
+Box = tuple[int, int, int, int]
+"""(left, top, width, height) in source pixels."""
+
+PRESETS: dict[str, ViewSpec] = {
+    # He et al. 2021 (MAE) and TinyMIM's main_pretrain.py: area 0.2 to 1, flip 0.5.
+    "mae": ViewSpec(scale=(0.2, 1.0)),
+    "tinymim": ViewSpec(scale=(0.2, 1.0)),
+    # The usual supervised crop (Szegedy et al. 2015).
+    "supervised": ViewSpec(scale=(0.08, 1.0)),
+    # Mild crops for small data and for line drawings, where a fifth of the area may hold nothing.
+    "gentle": ViewSpec(scale=(0.6, 1.0)),
+    "center": ViewSpec(kind="center-crop", flip=0.0),
+    "resize": ViewSpec(kind="resize", flip=0.0),
+}
+
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+def preset(name: str, seed: int = 0) -> ViewSpec:
+    """The named view spec with ``seed``; :class:`UsageError` names the nearest preset."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown views {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name].model_copy(update={"seed": seed})
+
+
+def center_box(width: int, height: int, fraction: float) -> Box:
+    """The centred square whose side is ``fraction`` of the shorter side (at least one pixel)."""
+    side = max(1, round(min(width, height) * fraction))
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+def draw(spec: ViewSpec, sample_id: str, view: int, width: int, height: int) -> tuple[Box, bool]:
+    """Box and flip of ``view`` of a ``width`` x ``height`` pixel sample: a pure function of its arguments.
+
+    ``random-resized-crop`` follows torchvision's rule: up to ten tries of (area, log-uniform ratio), the
+    first box that fits wins, else the largest centred box within the ratio limits.
+    """
+    numbers = draws.uniform(41, spec.seed, sample_id, view, "view")
+    flip = bool(numbers[0] < spec.flip)
+    if spec.kind == "resize":
+        return (0, 0, width, height), flip
+    if spec.kind == "center-crop":
+        return center_box(width, height, spec.fraction), flip
+    low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+    for area_draw, ratio_draw, left_draw, top_draw in numbers[1:].reshape(10, 4).tolist():
+        area = width * height * (spec.scale[0] + area_draw * (spec.scale[1] - spec.scale[0]))
+        ratio = math.exp(low + ratio_draw * (high - low))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(left_draw * (width - box_width + 1))
+            top = int(top_draw * (height - box_height + 1))
+            return (left, top, box_width, box_height), flip
+    box_width = min(width, max(1, round(height * spec.ratio[1])))
+    box_height = min(height, max(1, round(width / spec.ratio[0])))
+    return ((width - box_width) // 2, (height - box_height) // 2, box_width, box_height), flip
+
+
+def render(image: Image.Image, box: Box, flip: bool, size: int, interpolation: str = "bicubic") -> NDArray[np.uint8]:
+    """The view's pixels as a network of input ``size`` sees them: uint8 [size, size, 3].
+
+    Crops first and resizes then, as torchvision does, so no pixel outside ``box`` leaks in.
+
+    Raises
+    ------
+    ValueError
+        if ``box`` does not lie inside ``image``.
+    """
+    left, top, width, height = box
+    if left < 0 or top < 0 or width < 1 or height < 1 or left + width > image.width or top + height > image.height:
+        raise ValueError(f"box {box} does not lie inside the {image.width}x{image.height} image")
+    crop = image.crop((left, top, left + width, top + height))
+    if crop.size != (size, size):
+        crop = crop.resize((size, size), _FILTERS[interpolation])
+    if flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(crop)
+
+
+def row_order(count: int, seed: int, view: int) -> NDArray[np.int64]:
+    """Sample index of each row of a view: a seeded permutation, another one for each view.
+
+    Consecutive rows are therefore already shuffled, and a reader may take them in runs.
+    """
+    return draws.permutation(count, seed, view, "row-order")

@@ -1,0 +1,375 @@
+"""The rules of the house: who may import whom, and what no file may contain.
+
+Every table here is literal. A rule that must be broken is broken in its table, with the reason beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("extract", "distill", "evaluate")
+FOLDERS = ("hdcache", *ROOMS, "benchmarks")
+MAX_LINES = 350
+
+# A core file imports only files of its own line or of a line above it.
+LAYERS = [
+    ["errors"],
+    ["draws", "schema"],
+    ["listings", "pixels", "progress", "relations", "views"],
+    ["datasets", "taps"],
+    ["backbones", "encodings", "targets"],
+    ["store", "teachers"],
+    ["integrity"],
+    ["reader"],
+    ["loader", "order"],
+    ["__init__"],
+    ["quickstart"],
+    ["cli"],
+]
+
+# The core files that know the rooms; True where the room must be imported inside a function.
+KNOWS_ROOMS = {"cli": True, "__init__": True, "quickstart": False}
+
+# The one file that may import a library.
+ONLY_IMPORTER = {"zarr": "hdcache/store.py", "zarrs": "hdcache/store.py", "faiss": "evaluate/knn.py"}
+
+# A store is read and checked on machines without torch.
+WITHOUT_TORCH = ("errors", "schema", "draws", "datasets", "views", "store", "integrity")
+
+# Source files without a test file of their own.
+NO_OWN_TEST = {
+    "hdcache/errors.py": "each class is matched where it is raised, in the tests of the files that raise it",
+}
+
+# Uses of a global or version-dependent random generator.
+GLOBAL_RANDOM: dict[tuple[str, str], str] = {}
+
+DRAWERS = ("utils", "util", "helpers", "helper", "common", "misc", "manager")
+PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
+
+
+class Import(NamedTuple):
+    """One imported module: dotted name, line, inside a function, under ``if TYPE_CHECKING``."""
+
+    module: str
+    line: int
+    in_function: bool
+    type_checking: bool
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "hdcache" else ("hdcache", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+MODULES = {module_of(path): path for path in sources("hdcache", *ROOMS)}
+
+
+def dotted(node: ast.AST) -> str:
+    """``a.b.c`` for the expression of that spelling, else an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (head := dotted(node.value)):
+        return f"{head}.{node.attr}"
+    return ""
+
+
+def _targets(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        # The version is a word, not a dependency: any file may take it from the package.
+        inner = [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"]
+        return [name if name in MODULES else node.module for name in inner]
+    if isinstance(node, ast.Call) and dotted(node.func) in ("importlib.import_module", "import_module", "__import__"):
+        return [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+    return []
+
+
+def _walk(node: ast.AST, in_function: bool, type_checking: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        inside = in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        checking = type_checking or (isinstance(child, ast.If) and dotted(child.test).endswith("TYPE_CHECKING"))
+        for target in _targets(child):
+            yield Import(target, getattr(child, "lineno", 0), inside, checking)
+        yield from _walk(child, inside, checking)
+
+
+@cache
+def imports_of(path: Path) -> tuple[Import, ...]:
+    """Every import of a file, those inside functions and ``import_module("a.b")`` included."""
+    return tuple(_walk(tree_of(path), False, False))
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "hdcache" and len(parts) > 1 and parts[1] in ROOMS else None
+
+
+def core_of(module: str) -> str | None:
+    """The stem of the core file that ``module`` is, ``__init__`` for the package itself."""
+    parts = module.split(".")
+    if parts[0] != "hdcache" or room_of(module):
+        return None
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+# Who may import whom
+
+
+def test_rooms_do_not_know_each_other_nor_the_command_line() -> None:
+    wrong = []
+    for path in sources(*ROOMS):
+        mine = room_of(module_of(path))
+        for item in imports_of(path):
+            if room_of(item.module) not in (None, mine):
+                wrong.append(f"{name_of(path)}:{item.line} imports {item.module}: rooms meet on disk only")
+            if core_of(item.module) in ("cli", "quickstart"):
+                wrong.append(f"{name_of(path)}:{item.line} imports {item.module}, which imports the rooms")
+            if item.module.split(".")[0] in (*ROOMS, "benchmarks", "tests"):
+                wrong.append(f"{name_of(path)}:{item.line} imports {item.module}, which no installed copy has")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_core_imports_rooms_only_where_listed() -> None:
+    wrong = []
+    for path in sources("hdcache"):
+        for item in imports_of(path):
+            if not room_of(item.module) or item.type_checking:
+                continue
+            if path.stem not in KNOWS_ROOMS:
+                wrong.append(f"{name_of(path)}:{item.line} imports {item.module}: the core knows no room")
+            elif KNOWS_ROOMS[path.stem] and not item.in_function:
+                wrong.append(f"{name_of(path)}:{item.line} imports {item.module} outside a function")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_core_imports_point_down() -> None:
+    rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+    unlisted = [name_of(path) for path in sources("hdcache") if path.stem not in rank]
+    assert not unlisted, f"list {', '.join(unlisted)} in LAYERS of {name_of(Path(__file__))}"
+    gone = rank.keys() - {path.stem for path in sources("hdcache")}
+    assert not gone, f"no such core files, drop from LAYERS: {sorted(gone)}"
+    wrong = []
+    for path in sources("hdcache"):
+        for item in imports_of(path):
+            other = core_of(item.module)
+            if other is None or item.module not in MODULES:
+                continue
+            if rank[other] > rank[path.stem]:
+                wrong.append(f"{name_of(path)}:{item.line} imports {item.module}, which LAYERS puts above it")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_of_ours_exist() -> None:
+    wrong = [
+        f"{name_of(path)}:{item.line} imports {item.module}"
+        for path in sources(*FOLDERS)
+        for item in imports_of(path)
+        if item.module.split(".")[0] == "hdcache" and item.module not in MODULES
+    ]
+    assert not wrong, "no such module:\n" + "\n".join(wrong)
+
+
+def test_no_import_cycles() -> None:
+    def needs(name: str, path: Path) -> list[str]:
+        # What the package itself hands out lazily, it fetches once it is loaded.
+        items = [item for item in imports_of(path) if name != "hdcache" or not (item.in_function or item.type_checking)]
+        return sorted({item.module for item in items} & (MODULES.keys() - {name}))
+
+    graph = {name: needs(name, path) for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, "import cycle: " + " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_one_file_imports_zarr_and_one_faiss() -> None:
+    wrong = []
+    for path in sources("hdcache", *ROOMS):
+        for item in imports_of(path):
+            only = ONLY_IMPORTER.get(item.module.split(".")[0])
+            if only not in (None, name_of(path)):
+                wrong.append(f"{name_of(path)}:{item.line} imports {item.module}; only {only} may")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("stem", WITHOUT_TORCH)
+def test_store_side_loads_no_torch(stem: str) -> None:
+    queue, trail = [f"hdcache.{stem}"], {f"hdcache.{stem}": f"hdcache.{stem}", "hdcache": "hdcache"}
+    assert queue[0] in MODULES, f"hdcache/{stem}.py is gone: edit WITHOUT_TORCH"
+    queue += ["hdcache"] * ("hdcache" in MODULES)
+    while queue:
+        name = queue.pop()
+        for item in imports_of(MODULES[name]):
+            if item.in_function or item.type_checking:
+                continue
+            chain = f"{trail[name]} -> {item.module}"
+            assert item.module.split(".")[0] not in ("torch", "timm", "torchvision"), f"{chain}, when imported"
+            if item.module in MODULES and item.module not in trail:
+                trail[item.module] = chain
+                queue.append(item.module)
+
+
+# What no file may contain
+
+
+def test_no_long_files() -> None:
+    long = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources(*FOLDERS)}
+    long = {name: lines for name, lines in long.items() if lines > MAX_LINES}
+    assert not long, f"more than {MAX_LINES} lines; split by reason: {long}"
+
+
+def test_no_drawers() -> None:
+    paths = sources(*FOLDERS, "tests")
+    wrong = [name_of(path) for path in paths if {path.parent.name, *path.stem.split("_")} & set(DRAWERS)]
+    assert not wrong, f"name the idea, not the drawer: {wrong}"
+
+
+def test_no_relative_imports() -> None:
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in sources(*FOLDERS, "tests")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not wrong, f"relative imports: {wrong}"
+
+
+def test_nothing_is_unpickled() -> None:
+    wrong = []
+    for path in sources(*FOLDERS, "tests"):
+        pickles = [item for item in imports_of(path) if item.module.split(".")[0] in PICKLES]
+        wrong += [f"{name_of(path)}:{item.line} imports {item.module}" for item in pickles]
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+            if dotted(node.func) == "torch.load" and given.get("weights_only") is not True:
+                wrong.append(f"{name_of(path)}:{node.lineno} torch.load without weights_only=True")
+            if given.get("allow_pickle") is True:
+                wrong.append(f"{name_of(path)}:{node.lineno} allow_pickle=True")
+    assert not wrong, "\n".join(wrong)
+
+
+def _global_random(path: Path) -> Iterator[tuple[str, int]]:
+    for item in imports_of(path):
+        if item.module == "random" or item.module.startswith("numpy.random"):
+            yield item.module, item.line
+    for node in ast.walk(tree_of(path)):
+        name = dotted(node)
+        if re.fullmatch(r"(np|numpy)\.random\.\w+", name) and not name.endswith(".Philox"):
+            yield name.replace("numpy", "np"), node.lineno
+        if re.fullmatch(r"torch\.(cuda\.)?(manual_)?seed(_all)?", name):
+            yield name, node.lineno
+
+
+def test_no_global_random_state() -> None:
+    found = {(name_of(p), name): line for p in sources("hdcache", *ROOMS) for name, line in _global_random(p)}
+    wrong = [f"{file}:{line} uses {name}" for (file, name), line in found.items() if (file, name) not in GLOBAL_RANDOM]
+    assert not wrong, "draw with hdcache.draws, or list it in GLOBAL_RANDOM with a reason:\n" + "\n".join(wrong)
+    stale = GLOBAL_RANDOM.keys() - found.keys()
+    assert not stale, f"no longer used, drop from GLOBAL_RANDOM: {sorted(stale)}"
+
+
+# What every file has
+
+
+def test_readme_names_every_source_file_with_a_caption() -> None:
+    captions: dict[str, str] = {}
+    folder = ""
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        plain = line.translate(str.maketrans("│├└─|`*#", "        ")).strip()
+        if match := re.match(r"(?:(\w+)/)?(\w+\.py)\b[^\w]*(.*)", plain):
+            captions.setdefault(f"{match[1] or folder}/{match[2]}", match[3].strip())
+        elif match := re.match(r"(\w+)/(\s|$)", plain):
+            folder = match[1]
+    files = [name_of(path) for path in sources(*FOLDERS) if path.name != "__init__.py"]
+    missing = [file for file in files if not captions.get(file)]
+    assert not missing, f"README.md has no line '<file>  <caption>' for: {missing}"
+    gone = [file for file in captions if file.split("/")[0] in FOLDERS and not (ROOT / file).exists()]
+    assert not gone, f"README.md names files that do not exist: {gone}"
+
+
+def test_every_source_file_has_its_test_file() -> None:
+    files = [path for path in sources("hdcache", *ROOMS) if path.name != "__init__.py"]
+    stems = Counter(path.stem for path in files)
+    missing, needless = [], []
+    for path in files:
+        names = [f"test_{path.parent.name}_{path.stem}.py"]
+        if path.stem != "run" and (stems[path.stem] == 1 or path.parent.name == "hdcache"):
+            names.append(f"test_{path.stem}.py")
+        has = any((ROOT / "tests" / name).exists() for name in names)
+        if not has and name_of(path) not in NO_OWN_TEST:
+            missing.append(f"{name_of(path)}: tests/{names[-1]}")
+        if has and name_of(path) in NO_OWN_TEST:
+            needless.append(name_of(path))
+    assert not missing, "add the test file, or list in NO_OWN_TEST with a reason:\n" + "\n".join(missing)
+    needless += [name for name in NO_OWN_TEST if not (ROOT / name).exists()]
+    assert not needless, f"drop from NO_OWN_TEST: {needless}"
+
+
+# Spelled in two halves, so that this file passes its own test.
+FORBIDDEN = {
+    rf"(?<![\w.:/~-])/{'work'}/": "a path of a build machine",
+    rf"(?<![\w.:/~-])/{'root'}/": "a path of a build machine",
+    r"pypi\." + "org": "a package registry",
+    r"files\.python" + r"hosted\.org": "a package registry",
+    r"registry\.npm" + r"js\.org": "a package registry",
+    r"download\.py" + r"torch\.org": "a package registry",
+}
+
+
+def tracked() -> list[Path]:
+    """The files git tracks or would track; in a tree without git, those of the folders we know."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        found = [path for folder in (*FOLDERS, "tests", "docs", ".ci") for path in (ROOT / folder).rglob("*")]
+        return [path for path in (*found, *ROOT.glob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    return [path for name in listed if name and (path := ROOT / name).is_file()]
+
+
+def test_no_forbidden_words() -> None:
+    wrong = []
+    for path in tracked():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        for pattern, what in FORBIDDEN.items():
+            hits = [number for number, line in enumerate(lines, 1) if re.search(pattern, line)]
+            wrong += [f"{name_of(path)}:{number} holds {what}" for number in hits]
+    assert not wrong, "\n".join(wrong)
