@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 
 from hdcache import draws
 from hdcache.backbones import save_student
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.changes import merge, nested_changes, validated
+from hdcache.distill.ranks import Ranks, join_ranks, leave_ranks, rank_device
 from hdcache.distill.recipes import get_recipe, recipe_from_file
 from hdcache.distill.settings import Recipe
 from hdcache.distill.student import build_student, student_input
-from hdcache.distill.trainer import Outcome, Ranks, autocast_precision, train
+from hdcache.distill.trainer import Outcome, autocast_precision, train
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.loader import Loader, Options
 from hdcache.schema import TeacherCard, ViewSpec
@@ -36,7 +36,7 @@ from hdcache.store import Store, write_lock
 from hdcache.taps import num_blocks
 from hdcache.target_sources import open_targets
 from hdcache.teachers import Teacher, choose_device, load_teacher, reload_teacher, split_name
-from hdcache.views import preset
+from hdcache.views import parse_views
 
 
 def distill(
@@ -80,18 +80,23 @@ def distill(
     """
     plan = resolve(recipe, overrides)
     folder = Path(out).expanduser()
+    check_settings(folder, online=online, teachers=teachers, num_views=num_views, threads=threads)
     ranks = join_ranks()
+    if plan.batch_size % ranks.world:
+        raise UsageError(f"batch_size {plan.batch_size} is not a multiple of the {ranks.world} processes that share it")
     where = rank_device(choose_device(device), ranks)
     opened = Store.open(store) if store is not None else None
     dataset = open_data(opened, data)
     spec = (
         opened.card.views
         if opened is not None
-        else (views if isinstance(views, ViewSpec) else preset(views or "mae", plan.seed))
+        else (views if isinstance(views, ViewSpec) else parse_views(views or "mae", plan.seed))
     )
-    live = live_teachers(opened, teachers, where) if online else {}
+    live = named_teachers(teachers, where) if online and opened is None else {}
     cards = teacher_cards(opened, live)
     wanted = plan.objective.wants(cards)
+    if online and opened is not None:
+        live = stored_teachers(opened, wanted, teachers, where)
     if wanted and opened is None and not online:
         raise UsageError(
             f"recipe {plan.name!r} reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC"
@@ -126,8 +131,6 @@ def distill(
     about = identity(plan, dataset, opened, loader, wanted, online)
     folder.mkdir(parents=True, exist_ok=True)
     with write_lock(folder / f".lock-{ranks.rank}"):
-        if ranks.first:
-            (folder / "recipe.json").write_text(plan.model_dump_json(indent=1))
         started = time.time()
         outcome, averaged = train(
             plan, plan.objective, student, heads, loader, folder, device=where, ranks=ranks, about=about, quiet=quiet
@@ -182,14 +185,34 @@ def open_data(store: Store | None, data: str | None) -> Dataset:
     return dataset
 
 
-def live_teachers(store: Store | None, specs: Sequence[str], device: torch.device) -> dict[str, Teacher]:
-    """Teachers to run in the loop: all of the store's (from where it found them, or from ``specs``), or those of ``specs``."""
+def check_settings(
+    folder: Path, *, online: bool, teachers: Sequence[str], num_views: int | None, threads: int | None
+) -> None:
+    """Refuse what cannot be meant before anything is opened."""
+    for setting, value in (("num_views", num_views), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"{setting} {value} must be at least 1")
+    if teachers and not online:
+        raise UsageError("--teacher names teachers to run in the loop; add --online, or drop it to read the store")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give --out a folder")
+
+
+def named_teachers(specs: Sequence[str], device: torch.device) -> dict[str, Teacher]:
+    """Teachers to run in the loop without a store."""
+    if not specs:
+        raise UsageError("--online without a store needs the teachers: --teacher NAME=SPEC")
+    return {split_name(spec)[0]: load_teacher(spec, device=device) for spec in specs}
+
+
+def stored_teachers(
+    store: Store, wanted: Mapping[str, Sequence[str]], specs: Sequence[str], device: torch.device
+) -> dict[str, Teacher]:
+    """The wanted teachers of a store, run in the loop: from where extraction found them, or from ``specs``."""
     named = dict(split_name(spec) for spec in specs)
-    if store is None:
-        if not named:
-            raise UsageError("--online without a store needs the teachers: --teacher NAME=SPEC")
-        return {name: load_teacher(f"{name}={spec}", device=device) for name, spec in named.items()}
-    return {name: reload_teacher(store.teacher(name), named.get(name), device) for name in store.teachers()}
+    for name in sorted(named.keys() - wanted.keys()):
+        raise UsageError(f"--teacher {name}=...: this run reads {', '.join(wanted) or 'no teacher'} of {store.path}")
+    return {name: reload_teacher(store.teacher(name), named.get(name), device) for name in wanted}
 
 
 def teacher_cards(store: Store | None, live: Mapping[str, Teacher]) -> dict[str, TeacherCard]:
@@ -251,32 +274,20 @@ def report(
     }
 
 
-def join_ranks() -> Ranks:
-    """Join the processes that torchrun started; a lone process joins nothing."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Ranks()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend)
-    return Ranks(torch.distributed.get_rank(), world)
-
-
-def leave_ranks(ranks: Ranks) -> None:
-    if ranks.world > 1:
-        torch.distributed.destroy_process_group()
-
-
-def rank_device(device: torch.device, ranks: Ranks) -> torch.device:
-    """Each rank of a machine takes its own GPU."""
-    if device.type == "cuda" and ranks.world > 1:
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(local)
-        return local
-    return device
-
-
 def default_threads(ranks: Ranks) -> int:
     """Decoding threads: the cores of this machine shared among its ranks, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)))))
+
+
+def format_run(result: Mapping[str, Any]) -> str:
+    """The record as a few lines."""
+    where = (
+        "teachers in the loop" if result["online"] else "targets from the store" if result["store"] else "no teacher"
+    )
+    loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"
+    return (
+        f"{result['recipe']}: {result['steps']:,} steps in {result['seconds']:.0f} s, {where}; "
+        f"{result['samples_per_second']:,.0f} samples/s, {100 * result['wait_share']:.0f} % of the time waiting for data; last loss {loss}\n"
+        f"frozen features are best read at {result['last_trained']}, the last layer that training reached"
+    )

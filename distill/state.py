@@ -6,9 +6,10 @@ Every random choice is a function of (seed, sample id, epoch), so weights, optim
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hdcache.errors import StoreMismatch
+from hdcache.errors import OutOfSpace, StoreMismatch
 from hdcache.schema import differences
 
 STATE_FILE = "state.safetensors"
@@ -34,6 +35,10 @@ class Position:
     """Optimizer steps taken."""
     seconds: float = 0.0
     """Training seconds so far, over all sessions."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """Sums of the loss's parts since the last log line."""
+    counted: int = 0
+    """Steps in these sums."""
 
 
 def save_state(
@@ -55,10 +60,19 @@ def save_state(
     metadata = {"position": json.dumps(vars(position)), "about": json.dumps(about, sort_keys=True)}
     path = folder / STATE_FILE
     # Buffers shared between modules would be refused by safetensors; a copy of each tensor is small beside training.
-    save_file({key: value.clone() for key, value in tensors.items()}, f"{path}.partial", metadata=metadata)
-    with open(f"{path}.partial", "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(f"{path}.partial", path)
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({key: value.clone() for key, value in tensors.items()}, partial, metadata=metadata)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(
+                f"{path}: cannot be written ({error}); the state saved before is kept: free space and run the same command again"
+            ) from None
+        raise
 
 
 def load_state(
@@ -85,10 +99,11 @@ def load_state(
             lines = differences(json.loads(json.dumps(about)), saved)
             if lines:
                 raise StoreMismatch(
-                    f"{path} belongs to a run with other settings ({'; '.join(lines[:6])}); repeat them, or give --out another folder"
+                    f"{path} belongs to a run with other settings ({'; '.join(lines[:6]).replace('the store has', 'it has')}); repeat them, or give --out another folder"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, KeyError, ValueError) as error:
+            position = Position(**json.loads(metadata["position"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StoreMismatch(f"{path}: not a readable state ({error}); delete it to start again") from None
     for prefix, module in modules.items():
         module.load_state_dict(
@@ -100,4 +115,4 @@ def load_state(
             value = tensors.get(f"optimizer/{kind}/{name}")
             if value is not None:
                 optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
-    return Position(**json.loads(metadata["position"]))
+    return position

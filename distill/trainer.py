@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hdcache import stopping
 from hdcache.distill.objective import Objective
+from hdcache.distill.ranks import Ranks, stop_asked
 from hdcache.distill.schedules import ema_momentum, learning_rate, weight_decay
 from hdcache.distill.settings import Recipe
 from hdcache.distill.state import Position, load_state, save_state
@@ -31,18 +32,6 @@ from hdcache.loader import Batch, Loader
 from hdcache.progress import Progress
 from hdcache.taps import Tokens
 from hdcache.teachers import choose_precision
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together (torchrun's environment)."""
-
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
 
 class Step(nn.Module):
@@ -68,8 +57,8 @@ class Outcome:
     """Of this session."""
     wait_share: float
     """Share of this session's time that was spent waiting for data."""
-    loss: float
-    """Mean loss of the last logged interval."""
+    loss: float | None
+    """Mean loss of the last logged interval; None where no step was logged."""
     resumed_at: int
     """Step at which this session started."""
 
@@ -103,27 +92,32 @@ def train(
         {"ema": averaged} if averaged is not None else {}
     )
     position = load_state(folder, modules, optimizer, names, about) or Position()
+    if ranks.first:
+        (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
     wrapped: nn.Module = step_module
     if ranks.world > 1:
         # An objective may leave a part of the student without gradient (TinyMIM's last block).
         wrapped = nn.parallel.DistributedDataParallel(
             step_module, device_ids=[device.index or 0] if device.type == "cuda" else None, find_unused_parameters=True
         )
-    per_epoch = loader.batches_per_epoch()
-    total = recipe.epochs * per_epoch
-    warmup = round(recipe.warmup_epochs * per_epoch)
+    # Views may differ in how many of their rows are usable.
+    total = sum(loader.batches_per_epoch(epoch) for epoch in range(recipe.epochs))
+    warmup = round(recipe.warmup_epochs * total / max(1, recipe.epochs))
     precision = autocast_precision(recipe, device)
     weights = recipe.loss_weights()
-    log = Log(folder, ranks, recipe.log_every, first_step=position.step)
     resumed_at, started, waited = position.step, time.monotonic(), loader.waited
     before = position.seconds
 
-    def save() -> None:
+    def save(log: Log) -> None:
         position.seconds = before + time.monotonic() - started
+        log.pause(position)
         if ranks.first:
             save_state(folder, position, modules, optimizer, names, about)
 
-    with Progress("distill", total * recipe.batch_size, "samples", quiet=quiet or not ranks.first) as bar:
+    with (
+        closing(Log(folder, ranks, recipe.log_every, position, device)) as log,
+        Progress("distill", total * recipe.batch_size, "samples", quiet=quiet or not ranks.first) as bar,
+    ):
         bar.skip(position.step * recipe.batch_size)
         while position.epoch < recipe.epochs:
             for batch in loader.epoch(position.epoch, position.batch):
@@ -148,12 +142,11 @@ def train(
                     f"loss {line:.4f}  waiting for data {100 * share:.0f} %" if line is not None else "",
                 )
                 if stop_asked(ranks, position.step, recipe.log_every):
-                    save()
+                    save(log)
                     raise stopping.stop(f"epoch {position.epoch}, step {position.step} saved in {folder}")
             position.epoch, position.batch = position.epoch + 1, 0
             if position.epoch % recipe.save_every_epochs == 0 or position.epoch == recipe.epochs:
-                save()
-    log.close()
+                save(log)
     session = max(time.monotonic() - started, 1e-9)
     done = position.step - resumed_at
     return Outcome(
@@ -247,35 +240,43 @@ def update_average(averaged: nn.Module, student: nn.Module, momentum: float) -> 
         mean.lerp_(value.detach(), 1 - momentum)
 
 
-def stop_asked(ranks: Ranks, step: int, every: int) -> bool:
-    """Whether any rank was asked to stop; several ranks agree on it at log steps only, to stay in step."""
-    if ranks.world == 1:
-        return stopping.requested()
-    if step % every:
-        return False
-    flag = torch.tensor(float(stopping.requested()))
-    if torch.distributed.get_backend() == "nccl":
-        flag = flag.cuda()
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
-
-
 class Log:
-    """``metrics.jsonl`` (and TensorBoard where it is installed): one line every ``log_every`` steps."""
+    """``metrics.jsonl`` (and TensorBoard where it is installed): one line every ``log_every`` steps, means over all ranks."""
 
-    def __init__(self, folder: Path, ranks: Ranks, every: int, *, first_step: int) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, every: int, position: Position, device: torch.device) -> None:
         self._every, self._ranks = every, ranks
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._sums = {name: torch.tensor(value, device=device) for name, value in position.logged.items()}
+        self._count = position.counted
         self._since = time.monotonic()
-        self.mean = math.nan
+        self.mean: float | None = None
+        """Mean loss of the last logged interval."""
         self._board: Any = None
         self._file: Any = None
         if ranks.first:
             path = folder / "metrics.jsonl"
-            forget_after(path, first_step)
+            self.mean = forget_after(path, position.step)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
-            self._board = tensorboard(folder)
+            self._board = tensorboard(folder, position.step)
+
+    def _totals(self, step: int) -> dict[str, float]:
+        """The sums since the last line, averaged over ranks; every rank must ask at the same step."""
+        if not self._sums:
+            return {}
+        values = torch.stack([self._sums[name] for name in sorted(self._sums)])
+        if self._ranks.world > 1:
+            torch.distributed.all_reduce(values)
+            values /= self._ranks.world
+        totals = dict(zip(sorted(self._sums), values.tolist(), strict=True))
+        if not math.isfinite(totals["loss"]):
+            raise HdcacheError(
+                f"the loss is {totals['loss']} at step {step}; the last saved state is kept: lower the learning rate "
+                "(--set lr=...), set clip_grad, or turn mixed precision off (--set amp=off), in a new --out folder"
+            )
+        return totals
+
+    def pause(self, position: Position) -> None:
+        """Note in ``position`` what the next log line has so far; a loss that is not finite is raised, never saved."""
+        position.logged, position.counted = self._totals(position.step), self._count
 
     def add(
         self, position: Position, parts: dict[str, Tensor], group: dict[str, Any], batch_size: int, wait_share: float
@@ -286,23 +287,18 @@ class Log:
         self._count += 1
         if position.step % self._every and position.step != 1:
             return None
-        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        means = {name: value / self._count for name, value in self._totals(position.step).items()}
         now = time.monotonic()
         entry = {
             "epoch": position.epoch,
             "step": position.step,
-            **{name: means[name] for name in sorted(means)},
+            **means,
             "lr": group["lr"],
             "weight_decay": group["weight_decay"],
             "samples_per_second": round(self._count * batch_size / max(now - self._since, 1e-9), 1),
             "wait_share": round(wait_share, 4),
         }
         self._sums, self._count, self._since, self.mean = {}, 0, now, means["loss"]
-        if not math.isfinite(self.mean):
-            raise HdcacheError(
-                f"the loss is {self.mean} at step {position.step}; the last saved state is kept: lower the learning rate "
-                "(--set lr=...), set clip_grad, or turn mixed precision off (--set amp=off), in a new --out folder"
-            )
         if self._file is not None:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
@@ -318,20 +314,26 @@ class Log:
             self._board.close()
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run takes again."""
-    if not path.is_file():
-        return
-    kept = [line for line in path.read_text().splitlines() if line.strip() and json.loads(line)["step"] <= step]
+def forget_after(path: Path, step: int) -> float | None:
+    """Drop the lines of steps that a resumed run takes again, and a torn last one; the loss of the last line kept."""
+    kept: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] <= step:
+            kept.append(entry)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
     os.replace(partial, path)
+    return float(kept[-1]["loss"]) if kept else None
 
 
-def tensorboard(folder: Path) -> Any:
-    """A TensorBoard writer, or None where the package is not installed."""
+def tensorboard(folder: Path, step: int) -> Any:
+    """A TensorBoard writer that hides what was logged after ``step``, or None where the package is not installed."""
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))  
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

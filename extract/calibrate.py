@@ -107,7 +107,7 @@ def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threa
             for start in range(0, len(rows), 4 * threads):
                 part = rows[start : start + 4 * threads]
                 for row in pool.map(
-                    lambda sample: decode_row(store, dataset, teacher.card.preprocessing, 0, sample), part
+                    lambda entry: decode_row(store, dataset, teacher.card.preprocessing, 0, *entry), part
                 ):
                     found += [torch.from_numpy(row.pixels)] if row.pixels is not None else []
                 if len(found) >= wanted:

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hdcache import stopping
 from hdcache.datasets import Dataset
 from hdcache.encodings import Parts
-from hdcache.errors import HdcacheError, StoreMismatch, TooManyFailures, UsageError
-from hdcache.extract.writer import Row, ViewWriter
+from hdcache.errors import StoreMismatch, TooManyFailures, UnreadableImage, UsageError
+from hdcache.extract.writer import Row, ViewWriter, is_recorded
 from hdcache.reader import read_shard_geometry
 from hdcache.samples import Recorded, open_sample
 from hdcache.schema import Preprocessing
@@ -30,6 +31,8 @@ from hdcache.views import row_order
 
 AHEAD = 2
 """Shards decoded ahead of the forward pass, and shards waiting to be written."""
+ENOUGH_TO_JUDGE = 8
+"""Readable images of one shard that, all without finite features, condemn the teacher and not the images."""
 
 
 @dataclass
@@ -41,10 +44,10 @@ class Timing:
     encode: float = 0.0
     waiting_for_disk: float = 0.0
     rows: int = 0
+    """Rows written; a retry that mended nothing writes none."""
     bytes: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     """Sample id -> reason, over all views."""
-    saturated: int = 0
 
     def bottleneck(self) -> str:
         """The stage to speed up first."""
@@ -57,11 +60,27 @@ class Timing:
         return max(stages, key=lambda name: stages[name])
 
 
-def shard_rows(store: Store, view: int, shard: int) -> list[int]:
-    """Sample indices of a shard's rows."""
-    order = row_order(store.card.dataset.count, store.card.views.seed, view)
+def shard_rows(store: Store, view: int, shard: int) -> list[tuple[int, Recorded | None]]:
+    """Sample index of each row of a shard, and its recorded geometry where a teacher has been here before.
+
+    Raises
+    ------
+    StoreMismatch
+        when the recorded rows are in another order than the store's seed gives.
+    """
     size = store.card.rows_per_shard
-    return [int(sample) for sample in order[shard * size : (shard + 1) * size]]
+    order = row_order(store.card.dataset.count, store.card.views.seed, view)[shard * size : (shard + 1) * size]
+    rows: list[tuple[int, Recorded | None]] = [(int(sample), None) for sample in order]
+    known = read_shard_geometry(store, view, shard)
+    for i, (numbers, digest) in enumerate(zip(*known, strict=True) if known is not None else ()):
+        if int(numbers[0]) != rows[i][0]:
+            raise StoreMismatch(
+                f"{store.path}/views/{view}: row {i} of shard {shard} names another sample than the store's seed gives; "
+                "run 'hdcache verify', or extract to a new store"
+            )
+        if is_recorded(numbers):
+            rows[i] = (rows[i][0], (numbers, digest.tobytes()))
+    return rows
 
 
 def decode_row(
@@ -75,7 +94,7 @@ def decode_row(
     """Open one sample and render its view for one network; a failure becomes the row's reason."""
     try:
         opened = open_sample(dataset, store.ids[sample], store.card.views, view, recorded)
-    except HdcacheError as error:
+    except (UnreadableImage, StoreMismatch) as error:
         return Row(sample, None, reason=str(error))
     return Row(sample, opened.pixels(preprocessing), opened.box, opened.flip, opened.image.size, opened.digest)
 
@@ -91,61 +110,62 @@ class Pipeline:
         self.timing = Timing()
 
     def run(self, writer: ViewWriter, shards: Sequence[int], advance: Callable[[int, Timing], None]) -> None:
-        """Extract ``shards`` of one view; on any error what was finished stays, with its receipts."""
+        """Extract ``shards`` of one view; on any error what was finished stays, with its receipts.
+
+        Raises
+        ------
+        TooManyFailures
+            when more images fail than ``max_failures`` allows.
+        Interrupted
+            when a signal asked for a stop; the shards that were finished by then are written.
+        """
         with ThreadPoolExecutor(self.threads, "decode") as decoding, ThreadPoolExecutor(1, "write") as writing:
             ahead: list[tuple[int, list[Future[Row]]]] = []
-            written: list[Future[int]] = []
+            written: list[tuple[int, Future[int]]] = []
             waiting = list(shards)
             try:
                 while waiting or ahead:
+                    if stopping.requested():
+                        self._settle(written, 0)
+                        raise stopping.stop(f"all finished shards written to {self.store.path}")
                     while waiting and len(ahead) < AHEAD:
                         shard = waiting.pop(0)
-                        ahead.append((shard, self._decode(decoding, writer, shard)))
+                        ahead.append((shard, self._decode(decoding, writer.view, shard)))
                     shard, futures = ahead.pop(0)
                     started = time.perf_counter()
                     rows = [future.result() for future in futures]
                     self.timing.waiting_for_images += time.perf_counter() - started
                     parts, failed, saturated = self._forward(writer, shard, rows)
-                    started = time.perf_counter()
-                    while len(written) >= AHEAD:
-                        self.timing.bytes += written.pop(0).result()
-                    self.timing.waiting_for_disk += time.perf_counter() - started
-                    written.append(writing.submit(writer.write, shard, rows, parts, failed, saturated))
-                    self.timing.rows += len(rows)
-                    self.timing.saturated += saturated
-                    self.timing.failed |= {
-                        self.store.ids[rows[row - shard * self.store.card.rows_per_shard].sample]: why
-                        for row, why in failed.items()
-                    }
+                    self._settle(written, AHEAD - 1)
+                    written.append((len(rows), writing.submit(writer.write, shard, rows, parts, failed, saturated)))
+                    first = shard * self.store.card.rows_per_shard
+                    self.timing.failed |= {self.store.ids[rows[row - first].sample]: why for row, why in failed.items()}
                     advance(len(rows), self.timing)
                     if self.max_failures is not None and len(self.timing.failed) > self.max_failures:
                         raise TooManyFailures(
                             f"{len(self.timing.failed)} images failed, more than --max-failures {self.max_failures}; "
                             f"the first: {next(iter(self.timing.failed.values()))}"
                         )
-                started = time.perf_counter()
-                self.timing.bytes += sum(future.result() for future in written)
-                self.timing.waiting_for_disk += time.perf_counter() - started
+                self._settle(written, 0)
             except BaseException:
                 decoding.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _decode(self, pool: ThreadPoolExecutor, writer: ViewWriter, shard: int) -> list[Future[Row]]:
-        samples = shard_rows(self.store, writer.view, shard)
-        known = read_shard_geometry(self.store, writer.view, shard)
-        recorded: list[Recorded | None] = [None] * len(samples)
-        if known is not None:
-            for i, (numbers, found) in enumerate(zip(*known, strict=True)):
-                if int(numbers[0]) != samples[i]:
-                    raise StoreMismatch(
-                        f"{writer.geometry.folder}: row {i} of shard {shard} names another sample than the seed gives"
-                    )
-                if numbers[6] > 0:
-                    recorded[i] = (numbers, found.tobytes())
+    def _settle(self, written: list[tuple[int, Future[int]]], leave: int) -> None:
+        """Wait until no more than ``leave`` shards are still being written; the first error of a write is raised here."""
+        started = time.perf_counter()
+        while len(written) > leave:
+            rows, future = written.pop(0)
+            count = future.result()
+            self.timing.bytes += count
+            self.timing.rows += rows if count else 0
+        self.timing.waiting_for_disk += time.perf_counter() - started
+
+    def _decode(self, pool: ThreadPoolExecutor, view: int, shard: int) -> list[Future[Row]]:
         card = self.teacher.card.preprocessing
         return [
-            pool.submit(decode_row, self.store, self.dataset, card, writer.view, sample, recorded[i])
-            for i, sample in enumerate(samples)
+            pool.submit(decode_row, self.store, self.dataset, card, view, sample, recorded)
+            for sample, recorded in shard_rows(self.store, view, shard)
         ]
 
     def _forward(
@@ -177,9 +197,8 @@ class Pipeline:
                 for name, block in arrays.items():
                     collected[tap].setdefault(name, []).append(block)
             self.timing.encode += time.perf_counter() - started
-        if all(row.pixels is None or start + i in failed for i, row in enumerate(rows)) and any(
-            row.pixels is not None for row in rows
-        ):
+        readable = [start + i for i, row in enumerate(rows) if row.pixels is not None]
+        if len(readable) >= ENOUGH_TO_JUDGE and failed.keys() >= set(readable):
             raise UsageError(
                 f"teacher {self.teacher.name}: no row of shard {shard} has finite features in {self.teacher.card.precision}; "
                 + ("use --precision fp32" if self.teacher.card.precision == "bf16" else "check the checkpoint")

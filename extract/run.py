@@ -18,7 +18,7 @@ from typing import Any
 
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.encodings import Encoder, request
-from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.errors import InputNotFound, OutOfSpace, StoreMismatch, UsageError
 from hdcache.extract.calibrate import calibrate, write_record
 from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.writer import ViewWriter
@@ -27,7 +27,7 @@ from hdcache.reader import TeacherReader
 from hdcache.schema import StoreCard, TapRequest, TeacherRecord, ViewSpec, differences
 from hdcache.store import Store, write_lock
 from hdcache.teachers import Teacher, choose_device, load_teacher, split_name
-from hdcache.views import preset
+from hdcache.views import parse_views
 
 
 @dataclass
@@ -36,7 +36,8 @@ class ExtractSummary:
 
     store: str
     teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per teacher: rows written now, rows in all, bytes, seconds, rows per second, bottleneck, taps, manifests."""
+    """Per teacher: rows written now, rows in all, bytes, failed rows, saturated values, seconds, rate, bottleneck, taps,
+    identity, manifests."""
     failed: dict[str, str] = field(default_factory=dict)
     """Sample id -> reason."""
 
@@ -90,8 +91,9 @@ def extract(
     HdcacheError
         one of :mod:`hdcache.errors`, each saying what to do.
     """
-    if num_views < 1:
-        raise UsageError(f"num_views {num_views} must be at least 1")
+    for setting, value in (("num_views", num_views), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"{setting} {value} must be at least 1")
     if not teachers:
         raise UsageError(
             "no teacher given; say --teacher NAME=SPEC, for example --teacher dino=timm:vit_small_patch14_dinov2.lvd142m"
@@ -128,44 +130,66 @@ def open_or_create(
     data: str | None, path: Path, views: str | ViewSpec | None, seed: int, rows_per_shard: int
 ) -> tuple[Dataset, Store]:
     """The data set and its store; an existing store must have been made from the same data and views."""
-    with write_lock(path / ".lock"):
-        exists = (path / "zarr.json").is_file()
-        if not exists and data is None:
+    asked = views if isinstance(views, ViewSpec) else parse_views(views or "mae", seed)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; give --store a folder")
+    if not (path / "zarr.json").is_file():
+        if data is None:
             raise InputNotFound(
                 f"{path}: no store there yet; name the data set too: 'hdcache extract DATA --store {path} ...'"
             )
-        store = Store.open(path) if exists else None
-        dataset = open_dataset(
-            data or (store.card.dataset.spec if store else ""), classes=store.card.dataset.classes if store else None
+        dataset = open_dataset(data)
+        shard = shard_size(dataset.card.count, rows_per_shard)
+        card = StoreCard(
+            dataset=dataset.card,
+            views=asked,
+            rows_per_shard=shard,
+            rows_per_chunk=min(8, shard),
+            written_with={name: version(name) for name in ("hdcache", "zarr", "numcodecs", "numpy", "pillow")},
         )
-        asked = views if isinstance(views, ViewSpec) else preset(views or "mae", seed)
-        if store is None:
-            # A shard is the unit of work and of loss; a small data set still gets several.
-            shard = (
-                max(8, min(rows_per_shard, -(-dataset.card.count // 8) // 8 * 8))
-                if rows_per_shard >= 8
-                else rows_per_shard
-            )
-            card = StoreCard(
-                dataset=dataset.card,
-                views=asked,
-                rows_per_shard=shard,
-                rows_per_chunk=min(8, shard),
-                written_with={name: version(name) for name in ("hdcache", "zarr", "numcodecs", "numpy", "pillow")},
-            )
-            return dataset, Store.create(path, card, list(dataset.ids), dataset.labels)
-        lines = differences(
-            {"fingerprint": dataset.card.fingerprint, "count": dataset.card.count},
-            {"fingerprint": store.card.dataset.fingerprint, "count": store.card.dataset.count},
-            "dataset",
+        with write_lock(path / ".lock"):
+            # Another process may have been faster; its store is then held to the same settings.
+            if not (path / "zarr.json").is_file():
+                return dataset, Store.create(path, card, list(dataset.ids), dataset.labels)
+    store = Store.open(path)
+    known = store.card.dataset
+    try:
+        dataset = open_dataset(data or known.spec, classes=known.classes)
+    except InputNotFound as error:
+        if data is not None:
+            raise
+        raise InputNotFound(f"{error}; if the data set has moved, name it: 'hdcache extract DATA ...'") from None
+    lines = dataset_differences(dataset, store)
+    if views is not None or seed:
+        found = store.card.views
+        compared = asked if views is not None else found.model_copy(update={"seed": seed})
+        lines += differences(compared.model_dump(mode="json"), found.model_dump(mode="json"), "views")
+    if lines:
+        raise StoreMismatch(
+            f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
         )
-        if views is not None:
-            lines += differences(asked.model_dump(mode="json"), store.card.views.model_dump(mode="json"), "views")
-        if lines:
-            raise StoreMismatch(
-                f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
-            )
-        return dataset, store
+    return dataset, store
+
+
+def shard_size(count: int, wanted: int) -> int:
+    """Rows per shard: whole chunks of 8, and for a small data set so few that it still gets several shards."""
+    if wanted < 1:
+        raise UsageError(f"rows_per_shard {wanted} must be at least 1")
+    return wanted if wanted < 8 else max(8, min(wanted, -(-count // 8)) // 8 * 8)
+
+
+def dataset_differences(dataset: Dataset, store: Store) -> list[str]:
+    """What sets a data set apart from the one that the store was made from, in one line; empty if nothing does."""
+    if dataset.card.fingerprint == store.card.dataset.fingerprint:
+        return []
+    now, then = set(dataset.ids), set(store.ids)
+    if now == then:
+        return ["dataset: the same samples, but labels or contents have changed"]
+    new, gone = sorted(now - then), sorted(then - now)
+    parts = [
+        f"{len(ids)} samples are {what}, such as {ids[0]!r}" for what, ids in (("new", new), ("gone", gone)) if ids
+    ]
+    return [f"dataset: of {store.card.dataset.count} samples, {' and '.join(parts)}"]
 
 
 def default_taps(teacher: Teacher) -> list[str]:
@@ -227,8 +251,6 @@ def extract_views(
             if not todo and writer.ledger.sealed and writer.geometry.sealed:
                 continue
             check_space(writer, record, len(todo))
-            if todo:
-                writer.ledger.unseal()
             writer.open()
             pipeline.run(writer, todo, advance)
             writer.seal()
@@ -242,8 +264,6 @@ def check_space(writer: ViewWriter, record: TeacherRecord, shards: int) -> None:
     )
     free = shutil.disk_usage(writer.store.path).free
     if need > free:
-        from hdcache.errors import OutOfSpace
-
         raise OutOfSpace(
             f"{writer.store.path}: about {size(need)} are needed for {rows:,} rows, {size(free)} are free; "
             "free space, store fewer taps or views, or ask for a coarser --fidelity"
@@ -262,7 +282,7 @@ def account(store: Store, record: TeacherRecord, timing: Timing, seconds: float,
         "rows": sum(manifest.rows for manifest in manifests.values()),
         "bytes": stored,
         "failed_rows": sum(len(manifest.failed) for manifest in manifests.values()),
-        "saturated": timing.saturated,
+        "saturated": sum(manifest.saturated for manifest in manifests.values()),
         "seconds": round(seconds, 3),
         "rows_per_second": round(timing.rows / max(seconds, 1e-9), 1),
         "bottleneck": timing.bottleneck() if timing.rows else "nothing left to do",
@@ -279,3 +299,29 @@ def available_cores() -> int:
     """Cores this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores))
+
+
+def format_summary(summary: ExtractSummary) -> str:
+    """The summary as text, failed images named."""
+    lines = []
+    for name, facts in summary.teachers.items():
+        lines.append(
+            f"{summary.store}: teacher {name}, {facts['rows']:,} rows, {size(facts['bytes'])} "
+            f"({facts['rows_written']:,} rows written at {facts['rows_per_second']:,.0f} rows/s, bottleneck: {facts['bottleneck']})"
+        )
+        for tap, seal in facts["taps"].items():
+            lines.append(
+                f"  {tap}: {seal['encoding']}, {seal['bits_per_value']:.2f} bits/value, relative RMSE {100 * seal['relative_rmse']:.2f} %"
+            )
+        if facts["saturated"]:
+            lines.append(
+                f"  {facts['saturated']:,} values were clipped to their integer range; see docs/store-format.md"
+            )
+    if summary.failed:
+        lines.append(
+            f"{len(summary.failed)} images failed and are recorded as failed rows; the same command tries them again:"
+        )
+        lines += [f"  {reason}" for reason in list(summary.failed.values())[:20]]
+        if len(summary.failed) > 20:
+            lines.append(f"  and {len(summary.failed) - 20} more (--json lists all)")
+    return "\n".join(lines)

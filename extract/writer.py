@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,22 @@ from numpy.typing import NDArray
 from hdcache.arrays import ShardWriter, durable_write, group_metadata
 from hdcache.encodings import Encoder, Parts, compresses
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
+from hdcache.reader import read_shard_geometry
 from hdcache.schema import ArrayCard, Receipt, StoredObject, TeacherRecord
 from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.views import Box
+
+
+def is_recorded(geometry: NDArray[np.int32]) -> Any:
+    """Whether a row [8] (or each row, [rows, 8]) of a view's geometry was read when it was written."""
+    return geometry[..., GEOMETRY_COLUMNS.index("source_width")] > 0
+
+
+def write_once(path: Path, data: bytes) -> StoredObject:
+    """Write a small file, unless it is there with the same bytes: a rerun of a finished store changes nothing."""
+    if path.is_file() and path.read_bytes() == data:
+        return StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return durable_write(path, data)
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,6 @@ class ViewWriter:
                 self._writers[f"{tap}/{name}"] = ShardWriter(
                     self.rows, array, chunk, shard, codec=codec, attributes=about
                 )
-            self._group(self.ledger, tap, self._static)
         columns = {"hdcache": {"columns": list(GEOMETRY_COLUMNS)}}
         self._geometry_writers = {
             "geometry": ShardWriter(
@@ -66,21 +80,20 @@ class ViewWriter:
             ),
         }
 
-    def _group(self, ledger: Ledger, key: str, static: dict[str, StoredObject]) -> None:
-        path = f"{ledger.key}/{key}/zarr.json" if key else f"{ledger.key}/zarr.json"
-        static[path] = durable_write(self.store.path / path, group_metadata({}))
-
     def open(self) -> None:
-        """Write the metadata of every array; the same bytes each time."""
+        """Write the metadata of every group and array, where it is not there yet."""
+        groups = [(self.ledger, tap) for tap in self.encoders] + [(self.ledger, ""), (self.geometry, "")]
+        for ledger, key in groups:
+            static = self._static if ledger is self.ledger else self._geometry_static
+            path = "/".join(part for part in (ledger.key, key, "zarr.json") if part)
+            static[path] = write_once(self.store.path / path, group_metadata({}))
         for ledger, writers, static in (
             (self.ledger, self._writers, self._static),
             (self.geometry, self._geometry_writers, self._geometry_static),
         ):
-            self._group(ledger, "", static)
             for key, writer in writers.items():
-                static[f"{ledger.key}/{key}/zarr.json"] = durable_write(
-                    ledger.folder / key / "zarr.json", writer.metadata
-                )
+                path = f"{ledger.key}/{key}/zarr.json"
+                static[path] = write_once(self.store.path / path, writer.metadata)
 
     def todo(self) -> list[int]:
         """Shards without a receipt, and shards with failed rows, which are tried again."""
@@ -90,7 +103,14 @@ class ViewWriter:
     def write(
         self, shard: int, rows: Sequence[Row], parts: Mapping[str, Parts], failed: Mapping[int, str], saturated: int
     ) -> int:
-        """Write a shard of every tap, then its receipt; returns bytes written."""
+        """Write a shard of every tap, then its receipt; returns bytes written.
+
+        A retry that mended no row, or that lost one which is stored, writes nothing.
+        """
+        known = self.ledger.receipt(shard)
+        if known is not None and not failed.keys() < known.failed.keys():
+            return 0
+        self.ledger.unseal()
         start = shard * self.store.card.rows_per_shard
         span = (start, start + len(rows))
         objects: dict[str, StoredObject] = {}
@@ -104,16 +124,19 @@ class ViewWriter:
         return sum(found.size for found in objects.values())
 
     def _write_geometry(self, shard: int, span: tuple[int, int], rows: Sequence[Row]) -> None:
-        known = self.geometry.receipt(shard)
-        unread = {span[0] + i: row.reason for i, row in enumerate(rows) if row.source_size == (0, 0)}
-        # Recorded rows are replayed, never rewritten; only rows that could not be read before may gain numbers.
-        if known is not None and set(known.failed) <= set(unread):
-            return
-        self.geometry.unseal()
         blocks: dict[str, NDArray[Any]] = {
             "geometry": np.array([row.geometry() for row in rows], np.int32),
-            "source_digest": np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32),
+            "source_digest": np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32).copy(),
         }
+        known = read_shard_geometry(self.store, self.view, shard)
+        if known is not None:
+            # Recorded rows are replayed, never rewritten; only rows that could not be read before may gain numbers.
+            recorded = is_recorded(known[0])
+            if not (is_recorded(blocks["geometry"]) & ~recorded).any():
+                return
+            blocks["geometry"][recorded], blocks["source_digest"][recorded] = known[0][recorded], known[1][recorded]
+        unread = {span[0] + i: row.reason for i, row in enumerate(rows) if not is_recorded(blocks["geometry"][i])}
+        self.geometry.unseal()
         objects = {}
         for name, writer in self._geometry_writers.items():
             path = f"{name}/{writer.key(shard)}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hdcache.datasets import open_dataset
-from hdcache.errors import StoreMismatch
+from hdcache.errors import InputNotFound, StoreMismatch
 from hdcache.loader import Loader, Options
 from hdcache.reader import TeacherReader
 from hdcache.schema import Preprocessing
@@ -96,9 +96,15 @@ class OpenedStore:
             of :class:`~hdcache.loader.Batch`: images float32 [B, 3, size, size], ids, labels int64 [B], targets.
         """
         card = self.store.card.dataset
-        dataset = open_dataset(data or card.spec, classes=card.classes)
+        try:
+            dataset = open_dataset(data or card.spec, classes=card.classes)
+        except InputNotFound as error:
+            raise error if data else InputNotFound(f"{error}; if the data set has moved, give data=SPEC") from None
         if dataset.card.fingerprint != card.fingerprint:
-            raise StoreMismatch(f"{dataset.card.spec} is not the data set that {self.path} was made from")
+            raise StoreMismatch(
+                f"{dataset.card.spec} is not the data set that {self.path} was made from: its samples, labels or sizes "
+                "differ; give data=SPEC of the original"
+            )
         where = torch.device(device)
         options = Options(
             batch_size=batch_size,

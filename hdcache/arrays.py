@@ -6,10 +6,12 @@ written by :func:`durable_write`; rows are read through zarrs, written in Rust, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +27,8 @@ from hdcache.errors import OutOfSpace, StoreCorrupt
 from hdcache.schema import ArrayCard, StoredObject, canonical_json
 
 _CODECS = {"bytes", "transpose", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed"}
-_METADATA_LIMIT = 4 << 20
+_KEYS = {"name": "default", "configuration": {"separator": "."}}
+_METADATA_LIMIT, _RECORD_LIMIT = 4 << 20, 256 << 20
 _forked = False
 
 
@@ -48,9 +51,9 @@ def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> Stor
     FileExistsError
         with ``create_only``, when ``path`` exists.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
@@ -60,13 +63,10 @@ def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> Stor
             os.unlink(partial)
         else:
             os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfSpace(
                 error.errno,
@@ -74,6 +74,23 @@ def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> Stor
             ) from None
         raise
     return StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _make_folder(folder: Path) -> None:
+    """``mkdir -p`` that survives a power cut too."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable: files added, replaced or removed."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def group_metadata(record: Mapping[str, Any]) -> bytes:
@@ -175,12 +192,16 @@ class ArrayReader:
         pipeline: str | None = None,
     ) -> None:
         self._folder, self._key, self._listed, self._shard = root / key, key, listed, shard
-        check_array_metadata(self._folder / "zarr.json", tuple(shape), dtype, shard)
-        config = {}
-        if (pipeline or read_pipeline()) == "zarrs":
-            config = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-        with zarr.config.set(config):
-            self._array: Any = zarr.open_array(LocalStore(self._folder, read_only=True), mode="r", zarr_format=3)
+        self._pipeline = pipeline or read_pipeline()
+        self._refuse_fork()
+        path = self._folder / "zarr.json"
+        check_array_metadata(path, tuple(shape), dtype, shard, listed.get(f"{key}/zarr.json"))
+        config = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if self._pipeline == "zarrs" else {}
+        try:
+            with zarr.config.set(config):
+                self._array: Any = zarr.open_array(LocalStore(self._folder, read_only=True), mode="r", zarr_format=3)
+        except Exception as error:
+            raise StoreCorrupt(f"{path}: zarr cannot open it ({_reason(error)}); copy the store again") from error
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         """Rows ``[start, stop)`` as a fresh array.
@@ -190,22 +211,33 @@ class ArrayReader:
         StoreCorrupt
             naming the object, when one is missing, has the wrong size or fails its checksum.
         """
-        if _forked:
+        self._refuse_fork()
+        if not 0 <= start <= stop <= self._array.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {self._array.shape[0]}")
+        size = self._shard or max(1, self._array.shape[0])
+        names = [
+            ".".join(["c", str(shard), *["0"] * (self._array.ndim - 1)])
+            for shard in range(start // size, (max(stop, start + 1) - 1) // size + 1)
+        ]
+        for name in names:
+            self._check(name)
+        try:
+            found = np.asarray(self._array[start:stop])
+        except Exception as error:
+            raise StoreCorrupt(
+                f"{self._folder}: rows {start} to {stop} cannot be decoded ({_reason(error)}); "
+                "run 'hdcache verify' to list the damaged objects"
+            ) from error
+        for name in names:
+            self._check(name)  # zarr reads zeros from an object that was removed since the first look
+        return found
+
+    def _refuse_fork(self) -> None:
+        if _forked and self._pipeline == "zarrs":
             raise RuntimeError(
                 "this process was forked after hdcache was imported, and the Rust reader hangs in such a child; "
                 "use threads, or multiprocessing with the 'spawn' or 'forkserver' start method"
             )
-        size = self._shard or max(1, self._array.shape[0])
-        for shard in range(start // size, (max(stop, start + 1) - 1) // size + 1):
-            self._check(".".join(["c", str(shard), *["0"] * (self._array.ndim - 1)]))
-        try:
-            return np.asarray(self._array[start:stop])
-        except Exception as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise StoreCorrupt(
-                f"{self._folder}: rows {start} to {stop} cannot be decoded ({reason}); "
-                "run 'hdcache verify' to list the damaged objects"
-            ) from error
 
     def _check(self, name: str) -> None:
         path, listed = self._folder / name, self._listed.get(f"{self._key}/{name}")
@@ -217,49 +249,86 @@ class ArrayReader:
             raise StoreCorrupt(
                 f"{path}: missing, expected {listed.size} bytes; copy the store again or rerun 'hdcache extract'"
             ) from None
+        except OSError as error:
+            raise StoreCorrupt(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
         if found != listed.size:
             raise StoreCorrupt(
                 f"{path}: {found} bytes, expected {listed.size}; copy the store again or rerun 'hdcache extract'"
             )
 
 
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def read_record(path: Path) -> bytes:
+    """The bytes of a small file of a store; :class:`StoreCorrupt` when it is missing, huge or cannot be read."""
+    try:
+        if (size := path.stat().st_size) > _RECORD_LIMIT:
+            raise StoreCorrupt(f"{path}: {size} bytes is too large for a record; copy the store again")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise StoreCorrupt(f"{path}: missing; copy the store again or rerun 'hdcache extract'") from None
+    except OSError as error:
+        raise StoreCorrupt(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
+
+
 def read_json(path: Path) -> Any:
     """A small JSON file of a store; :class:`StoreCorrupt` when it is missing, huge or malformed."""
+    return _parse(path, read_record(path))
+
+
+def read_attributes(path: Path) -> Any:
+    """The ``hdcache`` attribute of a group's metadata, None where there is none."""
+    found = read_json(path)
+    attributes = found.get("attributes") if isinstance(found, dict) else None
+    return attributes.get("hdcache") if isinstance(attributes, dict) else None
+
+
+def _parse(path: Path, data: bytes) -> Any:
     try:
-        if path.stat().st_size > 256 << 20:
-            raise StoreCorrupt(f"{path}: {path.stat().st_size} bytes is too large for a record")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise StoreCorrupt(f"{path}: missing") from None
+        return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise StoreCorrupt(f"{path}: not valid JSON") from None
+        raise StoreCorrupt(f"{path}: not valid JSON; copy the store again") from None
 
 
-def check_array_metadata(path: Path, shape: tuple[int, ...], dtype: str, shard: int | None) -> None:
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_array_metadata(
+    path: Path, shape: tuple[int, ...], dtype: str, shard: int | None, listed: StoredObject | None = None
+) -> None:
     """Refuse an array whose metadata is not what the store's records say, before zarr sees it."""
     if path.is_file() and path.stat().st_size > _METADATA_LIMIT:
         raise StoreCorrupt(f"{path}: metadata of {path.stat().st_size} bytes")
-    meta = read_json(path)
+    data = read_record(path)
+    if listed is not None and listed.sha256 != hashlib.sha256(data).hexdigest():
+        raise StoreCorrupt(f"{path}: altered since the store was sealed; copy the store again")
+    meta = _parse(path, data)
     if not isinstance(meta, dict) or meta.get("zarr_format") != 3 or meta.get("node_type") != "array":
         raise StoreCorrupt(f"{path}: not the metadata of a Zarr v3 array")
-    if tuple(meta.get("shape", ())) != shape or meta.get("data_type") != dtype:
+    if meta.get("shape") != list(shape) or meta.get("data_type") != dtype:
         raise StoreCorrupt(
             f"{path}: {meta.get('data_type')}{meta.get('shape')}, but the store's records say {dtype}{list(shape)}"
         )
-    chunk = meta.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape")
-    if chunk != [shard or shape[0], *shape[1:]]:
-        raise StoreCorrupt(f"{path}: chunk shape {chunk} does not fit the store's {shard} rows per shard")
+    grid = {"name": "regular", "configuration": {"chunk_shape": [shard or shape[0], *shape[1:]]}}
+    if meta.get("chunk_grid") != grid:
+        raise StoreCorrupt(f"{path}: chunks {meta.get('chunk_grid')} do not fit the store's {shard} rows per shard")
+    # Under another naming of chunks, zarr would look for files that are not there and read zeros.
+    if meta.get("chunk_key_encoding") != _KEYS or meta.get("storage_transformers"):
+        raise StoreCorrupt(f"{path}: its chunks are not named as a store names them; copy the store again")
     _check_codecs(path, meta.get("codecs"))
 
 
 def _check_codecs(path: Path, codecs: Any) -> None:
-    for codec in codecs if isinstance(codecs, list) else [None]:
+    for codec in codecs if isinstance(codecs, list) and codecs else [None]:
         name = codec.get("name") if isinstance(codec, dict) else None
-        if name not in _CODECS:
+        if not isinstance(name, str) or name not in _CODECS:
             raise StoreCorrupt(
                 f"{path}: codec {name!r} is not one of the core codecs that stores use: {', '.join(sorted(_CODECS))}"
             )
-        inner = codec.get("configuration", {}) if isinstance(codec, dict) else {}
+        inner = codec.get("configuration")
         for key in ("codecs", "index_codecs"):
-            if key in inner:
+            if isinstance(inner, dict) and key in inner:
                 _check_codecs(path, inner[key])

@@ -15,22 +15,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import unquote
 
+import huggingface_hub
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from hdcache.errors import InputNotFound, UsageError, nearest
-from hdcache.schema import Preprocessing, canonical_json
+from hdcache.schema import Preprocessing
 from hdcache.taps import num_blocks
 
 WEIGHTS_FILE, CONFIG_FILE = "student.safetensors", "config.json"
@@ -48,7 +53,7 @@ class Backbone:
     arguments: dict[str, Any]
     preprocessing: Preprocessing
     weights: str
-    """sha256 over names, shapes and fp32 bytes of the backbone (the classifier left out)."""
+    """sha256 over names, shapes and fp32 bytes of the backbone (and of the classifier, where it was kept)."""
     source: str
     licence: str
     last_trained: str
@@ -74,22 +79,23 @@ def load_backbone(spec: str, *, img_size: int | None = None, classifier: bool = 
         for an unknown model or option, an unsupported network, or a checkpoint whose keys do not fit.
     """
     folder = Path(spec).expanduser()
-    if (folder / CONFIG_FILE).is_file():
+    if "?" not in spec and (folder / CONFIG_FILE).is_file():
         return _load_student(folder, img_size)
     kind, name, options = parse_spec(spec)
     if img_size is not None:
         options["img_size"] = img_size
     checkpoint = options.pop("checkpoint", None)
-    seed = int(options.pop("seed", 0))
-    if not classifier and checkpoint is None:
+    seed = options.pop("seed", 0)
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise UsageError(f"model spec {spec!r}: seed {seed!r} must be an integer from 0 to 2^63 - 1")
+    if not classifier:
         options["num_classes"] = 0
     hub = kind == "timm" and checkpoint is None
     if checkpoint is not None:
         state = _read_state(Path(str(checkpoint)).expanduser())
-        if not classifier:
-            options["num_classes"] = 0
-        elif "head.weight" in state:
-            options["num_classes"] = int(state["head.weight"].shape[0])
+        if classifier:
+            head = state.get("head.weight")
+            options["num_classes"] = 0 if head is None else int(head.shape[0])
         model = create_vit(name, options, seed=seed)
         load_strictly(model, state, str(checkpoint))
     else:
@@ -110,14 +116,21 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
         raise InputNotFound(
             f"{name}: no student folder there (no {CONFIG_FILE}); for a bare checkpoint say timm:NAME?checkpoint={name}"
         )
-    architecture = name.split(".")[0]
+    architecture, _, tag = name.partition(".")
     if architecture not in timm.list_models():
-        raise UsageError(f"unknown model {name!r}; {nearest(architecture, timm.list_models('vit*'))[:200]}")
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError:
-        raise UsageError(f"model spec {spec!r}: options after '?' must be key=value joined by '&'") from None
-    return kind, name, {key: _scalar(unquote(value)) for key, value in pairs}
+        close = nearest(architecture, timm.list_models("vit*"))
+        hint = close if close.startswith("did") else "timm.list_models('vit*') lists what can be tapped"
+        raise UsageError(f"unknown model {name!r}; {hint}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise UsageError(f"unknown weights {name!r}; {nearest(tag, tags) if tags else 'timm has none'}")
+    options: dict[str, Any] = {}
+    for pair in query.split("&") if query else ():
+        key, sign, value = pair.partition("=")
+        if not sign or not key or key in options:
+            raise UsageError(f"model spec {spec!r}: options after '?' must be key=value joined by '&', each key once")
+        options[key] = _scalar(unquote(value))
+    return kind, name, options
 
 
 def _scalar(text: str) -> Any:
@@ -131,23 +144,46 @@ def create_vit(
     architecture: str, arguments: Mapping[str, Any], *, pretrained: bool = False, seed: int = 0
 ) -> nn.Module:
     """``timm.create_model``, with initial weights that depend on ``seed`` alone and the global generator untouched."""
+    if arguments.get("in_chans", 3) != 3:
+        raise UsageError(f"{architecture}: in_chans {arguments['in_chans']}; images have 3 channels, leave it out")
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]), _hub_in_reach() if pretrained else nullcontext():
+            torch.default_generator.manual_seed(seed)  # the CPU's alone, the one that fork_rng restores
             model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
-    except TypeError as error:
-        raise UsageError(f"{architecture} with {dict(arguments)}: {error}") from None
-    except (OSError, RuntimeError) as error:
-        if pretrained:
+    except (OSError, RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
+        if pretrained and isinstance(error, OSError | RuntimeError):
             raise InputNotFound(
-                f"weights of {architecture} could not be fetched ({str(error).splitlines()[0][:160]}); "
+                f"weights of {architecture} could not be fetched ({_line(error)}); "
                 f"with no network give timm:{architecture}?checkpoint=FILE"
             ) from None
-        raise UsageError(f"{architecture} with {dict(arguments)}: {error}") from None
-    except AssertionError as error:
-        raise UsageError(f"{architecture} with {dict(arguments)}: {error or 'sizes do not fit'}") from None
-    num_blocks(model)
+        raise UsageError(f"{architecture} with {dict(arguments)}: {_line(error)}") from None
+    if not num_blocks(model):
+        raise UsageError(f"{architecture} with {dict(arguments)}: depth must be at least 1")
     return model
+
+
+@contextmanager
+def _hub_in_reach() -> Iterator[None]:
+    """Where the hub does not answer, let its client look into its cache only, instead of retrying for a minute."""
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()  # noqa: S310  # proxies are honoured
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except OSError as error:
+        # A certificate that only the hub's own client knows is no reason to stay away.
+        constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", None), ssl.SSLError)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return (text if not isinstance(error, LookupError) else f"no {text}").splitlines()[0][:160]
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -158,30 +194,38 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputNotFound(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]})") from None
     except Exception as error:
-        # weights_only refuses pickles that hold more than tensors with an UnpicklingError of the pickle module.
-        raise UsageError(f"{path}: refused, it holds more than tensors ({str(error).splitlines()[0][:120]})") from None
-    for key in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
+        # weights_only refuses pickles that hold more than tensors with an UnpicklingError that names the first.
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UsageError(
+                f"{path}: refused, it holds more than tensors ({found[1]}), which could run code; "
+                "where you trust it, load it and save its state_dict alone as .safetensors"
+            ) from None
+        raise InputNotFound(f"{path}: not a readable checkpoint ({_line(error)}); fetch it again") from None
+    for _ in range(2):  # {"model": {"state_dict": ...}}
+        inner = [state[key] for key in _WRAPPERS if isinstance(state, dict) and isinstance(state.get(key), dict)]
+        state = inner[0] if inner else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"{path}: expected a mapping from parameter names to tensors")
-    for prefix in _PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
+        raise UsageError(f"{path}: expected a mapping from parameter names to tensors; save the state_dict alone")
+    while state and (common := [p for p in _PREFIXES if all(key.startswith(p) for key in state)]):
+        state = {key[len(common[0]) :]: value for key, value in state.items()}
     return dict(state)
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load ``state`` into ``model``; any missing, unexpected or misshapen key but a classifier's is refused with the list."""
+    """Load ``state`` into ``model``; any missing, unexpected or misshapen key is refused with the list.
+
+    A classifier in ``state`` that ``model`` has no place for is left out.
+    """
     own = model.state_dict()
     fits = {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in state.items()}
-    converted = state if fits else dict(checkpoint_filter_fn(dict(state), model))
+    try:
+        # Older spellings of keys, and position embeddings for another input size.
+        converted = state if fits else dict(checkpoint_filter_fn(dict(state), model))
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+        converted = state
     converted = {key: value for key, value in converted.items() if key in own or not _is_head(key)}
-    missing = sorted(key for key in own if key not in converted and not _is_head(key))
+    missing = sorted(key for key in own if key not in converted)
     unexpected = sorted(key for key in converted if key not in own)
     shapes = sorted(
         f"{key} {tuple(converted[key].shape)} for {tuple(own[key].shape)}"
@@ -231,12 +275,11 @@ def _freeze(
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over the sorted names, shapes and fp32 bytes of the backbone, classifier left out."""
+    """sha256 over the sorted names, shapes and fp32 bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
-        if not _is_head(key):
-            digest.update(f"{key}{tuple(value.shape)}".encode())
-            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -305,15 +348,3 @@ def _load_student(folder: Path, img_size: int | None) -> Backbone:
     model = create_vit(architecture, arguments)
     load_strictly(model, state, str(weights))
     return _freeze(model, architecture, arguments, str(folder), "unknown", last_trained, preprocessing)
-
-
-def describe(backbone: Backbone) -> dict[str, Any]:
-    """JSON-able facts of a backbone for results and cards."""
-    facts = {
-        "architecture": backbone.architecture,
-        "arguments": backbone.arguments,
-        "source": backbone.source,
-        "weights": backbone.weights,
-        "preprocessing": backbone.preprocessing.model_dump(mode="json"),
-    }
-    return dict(json.loads(canonical_json(facts)))

@@ -110,11 +110,11 @@ class Encoder:
         constants = self._on(x.device)
         if self.card.encoding == "int8":
             z = ((x - constants["offset"]) / constants["scale"]).round().transpose(1, 2)
-            clipped = int((z.abs() > NARROW_LIMIT).sum())
+            clipped = _beyond(z, NARROW_LIMIT)
             return {"codes": z.clamp(-NARROW_LIMIT, NARROW_LIMIT).to(torch.int8).contiguous().cpu().numpy()}, clipped
         z = (((x - constants["mean"]) @ constants["basis"]) / constants["step"]).round().transpose(1, 2)
         wide = self.card.arrays["wide"].shape[0] if "wide" in self.card.arrays else 0
-        clipped = int((z[:, :wide].abs() > WIDE_LIMIT).sum()) + int((z[:, wide:].abs() > NARROW_LIMIT).sum())
+        clipped = _beyond(z[:, :wide], WIDE_LIMIT) + _beyond(z[:, wide:], NARROW_LIMIT)
         parts: Parts = {}
         if wide:
             parts["wide"] = z[:, :wide].clamp(-WIDE_LIMIT, WIDE_LIMIT).to(torch.int16).contiguous().cpu().numpy()
@@ -172,6 +172,11 @@ def _decode_plain(stored: Tensor, encoding: str, dtype: torch.dtype) -> Tensor:
     if encoding == "bf16":
         return stored.view(torch.bfloat16).to(dtype)
     return stored.to(dtype)
+
+
+def _beyond(z: Tensor, limit: int) -> int:
+    """Values that an integer of ``limit`` cannot hold; NaN is one of them."""
+    return int((~(z.abs() <= limit)).sum())
 
 
 def _to_half(value: Tensor) -> tuple[Tensor, int]:
@@ -250,11 +255,18 @@ def _fit_tokens(
         )
     mean = x.mean(axis=0)
     x -= mean
-    variances, vectors = np.linalg.eigh(x.T @ x / len(x))
+    _, vectors = np.linalg.eigh(x.T @ x / len(x))
     vectors = vectors[:, ::-1]
     z = x @ vectors
-    step = _find_step(z, asked.fidelity or 0.05) if variances.sum() > 0 else 1.0
+    # Features that do not vary beyond float32's own rounding get any step.
+    varies = float((z * z).mean(axis=0).sum()) > 1e-12 * float(mean @ mean)
+    step = _find_step(z, asked.fidelity or 0.05) if varies else 1.0
     peak = np.abs(np.round(z / step)).max(axis=0)
+    if peak.max() > WIDE_LIMIT / 2:
+        raise UsageError(
+            f"tap {asked.tap}: fidelity {asked.fidelity:g} needs more than 16 bits for its largest component; "
+            "ask for a coarser fidelity, or encoding fp16 or fp32"
+        )
     # A component is dropped only where calibration saw enough tokens to know that it is always zero.
     kept = channels
     if len(x) >= TOKENS_PER_CHANNEL * channels and (peak > 0).any():
@@ -276,7 +288,9 @@ def _fit_tokens(
 def _find_step(z: NDArray[np.float64], fidelity: float) -> float:
     """The step whose rounding error is ``fidelity`` of the spread of ``z``: bisection on the logarithm."""
     if len(z) > 16384:
-        z = z[:: len(z) // 16384]
+        part = z[:: len(z) // 16384]
+        # Where a few tokens hold all the energy, a part of them says nothing about the rest.
+        z = part if float((part * part).mean()) > 0.5 * float((z * z).mean()) else z
     energy = float((z * z).sum())
     low, high = math.log(1e-6 * math.sqrt(energy / z.size)), math.log(20 * float(np.abs(z).max()))
     for _ in range(30):
@@ -287,7 +301,7 @@ def _find_step(z: NDArray[np.float64], fidelity: float) -> float:
             high = middle
         else:
             low = middle
-    return float(np.float32(math.exp(low)))
+    return float(np.float32(max(math.exp(low), float(np.finfo(np.float32).tiny))))
 
 
 def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | int]:

@@ -9,7 +9,7 @@ import numpy as np
 from hdcache.integrity import teacher_ledger
 from hdcache.progress import size
 from hdcache.schema import TapCard, TeacherRecord
-from hdcache.store import Store
+from hdcache.store import Store, is_view
 
 
 def describe_store(store: Store) -> dict[str, Any]:
@@ -40,11 +40,8 @@ def _teacher(store: Store, name: str) -> dict[str, Any]:
             for tap in record.taps:
                 if f"/views/{view}/{tap}/" in key:
                     stored[tap] += entry.size
-    unsealed = [
-        int(path.name)
-        for path in sorted((store.teacher_path(name) / "views").glob("[0-9]*"))
-        if str(int(path.name)) not in views
-    ]
+    folders = (path.name for path in (store.teacher_path(name) / "views").glob("*"))
+    unsealed = sorted(int(folder) for folder in folders if is_view(folder) and folder not in views)
     return {
         "identity": record.identity_digest(),
         "card": record.card.model_dump(mode="json"),
@@ -115,7 +112,11 @@ def format_store(facts: dict[str, Any]) -> str:
                 f"          {tap:<18}{entry['encoding']:<10}{100 * seal['relative_rmse']:>8.2f} %{seal['cosine_mean']:>9.5f}"
                 f"{seal['bits_per_value']:>12.2f}{size(entry['bytes']):>11}{ratio:>9}"
             )
-            if entry.get("smaller_than_relation_matrices_fp16"):
+            if (
+                entry.get("smaller_than_relation_matrices_fp16")
+                and seal["kl_qk"] is not None
+                and seal["kl_vv"] is not None
+            ):
                 lines.append(
                     f"          {'':<18}relations from it: KL {seal['kl_qk']:.5f} (QK), {seal['kl_vv']:.5f} (VV), "
                     f"{entry['smaller_than_relation_matrices_fp16']:g}x smaller than fp16 matrices"

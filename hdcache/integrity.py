@@ -13,12 +13,33 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hdcache.arrays import durable_write, read_json
-from hdcache.errors import StoreCorrupt
+from hdcache.arrays import durable_write, read_json, read_record, sync_folder
+from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.schema import Manifest, Receipt, StoredObject
-from hdcache.store import Store
+from hdcache.store import Store, is_view
 
-RECEIPTS, MANIFEST = "receipts", "manifest.json"
+RECEIPTS, MANIFEST, _SAMPLES = "receipts", "manifest.json", "samples/receipt.json"
+
+
+@dataclass
+class _Sum:
+    """What a ledger's receipts say together."""
+
+    covered: int = 0
+    """Rows from 0 up to the first gap or overlap."""
+    objects: dict[str, StoredObject] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    saturated: int = 0
+
+
+def _sum(key: str, receipts: Iterable[Receipt]) -> _Sum:
+    total = _Sum()
+    for receipt in sorted(receipts, key=lambda receipt: receipt.rows):
+        total.covered = receipt.rows[1] if receipt.rows[0] == total.covered else total.covered
+        total.objects |= {f"{key}/{name}": value for name, value in receipt.objects.items()}
+        total.failed |= receipt.failed
+        total.saturated += receipt.saturated
+    return total
 
 
 class Ledger:
@@ -33,6 +54,8 @@ class Ledger:
         if not path.is_file():
             return None
         receipt = Receipt.parse(read_json(path), path)
+        if receipt.shard != shard:
+            raise StoreCorrupt(f"{path}: the receipt of shard {receipt.shard}; delete it and rerun 'hdcache extract'")
         for key, listed in receipt.objects.items():
             found = self.folder / key
             if not found.is_file() or found.stat().st_size != listed.size:
@@ -45,7 +68,9 @@ class Ledger:
 
     def unseal(self) -> None:
         """Withdraw the seal before rows that failed are tried again."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        if self.sealed:
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            sync_folder(self.folder)
 
     def seal(
         self,
@@ -61,26 +86,19 @@ class Ledger:
 
         ``static`` lists objects by key relative to the store's root: metadata, constants, weights.
         """
-        objects = dict(static)
-        failed: dict[int, str] = {}
-        saturated = covered = 0
-        for receipt in receipts:
-            objects |= {f"{self.key}/{key}": value for key, value in receipt.objects.items()}
-            failed |= receipt.failed
-            saturated += receipt.saturated
-            covered += receipt.rows[1] - receipt.rows[0]
-        if covered != rows:
+        total = _sum(self.key, receipts)
+        if total.covered != rows:
             raise StoreCorrupt(
-                f"{self.folder}: receipts cover {covered} of {rows} rows; run the same 'hdcache extract' again"
+                f"{self.folder}: receipts cover {total.covered} of {rows} rows; run the same 'hdcache extract' again"
             )
         manifest = Manifest(
             teacher=teacher,
             identity=identity,
             view=view,
             rows=rows,
-            objects=dict(sorted(objects.items())),
-            failed=dict(sorted(failed.items())),
-            saturated=saturated,
+            objects=dict(sorted({**self._records(teacher), **static, **total.objects}.items())),
+            failed=dict(sorted(total.failed.items())),
+            saturated=total.saturated,
         )
         try:
             durable_write(self.folder / MANIFEST, manifest.canonical(), create_only=True)
@@ -90,6 +108,19 @@ class Ledger:
                     f"{self.folder / MANIFEST}: already sealed with other content; run 'hdcache verify'"
                 ) from None
         return manifest
+
+    def _records(self, teacher: str) -> dict[str, StoredObject]:
+        """The records that this seal rests on and that never change; the manifest's digest covers them too."""
+        keys = [
+            "zarr.json",
+            "samples/zarr.json",
+            "samples/receipt.json",
+            *([f"teachers/{teacher}/zarr.json"] * bool(teacher)),
+        ]
+        found = {key: read_record(self.root / key) for key in keys if (self.root / key).is_file()}
+        return {
+            key: StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for key, data in found.items()
+        }
 
     @property
     def sealed(self) -> bool:
@@ -135,34 +166,20 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int], None]
     """
     result = Verification()
     listed: dict[str, StoredObject] = {}
-    samples = Receipt.parse(read_json(store.path / "samples" / "receipt.json"), store.path / "samples" / "receipt.json")
-    listed |= {f"samples/{key}": value for key, value in samples.objects.items()}
-    ledgers = sorted(
-        path.parent
-        for pattern in ("views/*/zarr.json", "teachers/*/views/*/zarr.json")
-        for path in store.path.glob(pattern)
-    )
-    for folder in ledgers:
-        ledger = Ledger(store.path, folder.relative_to(store.path).as_posix())
-        receipts = _receipts(ledger, result)
-        if ledger.sealed:
-            try:
-                manifest = ledger.manifest()
-            except StoreCorrupt as error:
-                result.faults.append(str(error))
-                continue
-            listed |= manifest.objects
-            for key, value in receipts.items():
-                if manifest.objects.get(key) != value:
-                    result.faults.append(f"{ledger.key}/{RECEIPTS}: the receipt of {key} differs from the manifest")
-        else:
-            result.unsealed.append(ledger.key)
-            listed |= receipts
+    try:
+        samples = Receipt.parse(read_json(store.path / _SAMPLES), store.path / _SAMPLES)
+        listed |= {f"samples/{key}": value for key, value in samples.objects.items()}
+    except StoreCorrupt as error:
+        result.faults.append(str(error))
+    records = {"zarr.json", _SAMPLES, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json"}
+    for name in _folders(store.path / "teachers"):
+        _check_teacher(store, name, result)
+    for key in _ledgers(store.path):
+        listed |= _check_ledger(store, Ledger(store.path, key), result)
     for key, expected in sorted(listed.items()):
         _check_object(store.path / key, expected, result, quick=quick)
         if progress is not None:
             progress(expected.size)
-    records = {"zarr.json", "samples/receipt.json", "samples/zarr.json", "views/zarr.json", "teachers/zarr.json"}
     for base, _, names in os.walk(store.path):
         for name in names:
             key = (Path(base) / name).relative_to(store.path).as_posix()
@@ -172,15 +189,69 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int], None]
     return result
 
 
-def _receipts(ledger: Ledger, result: Verification) -> dict[str, StoredObject]:
-    found: dict[str, StoredObject] = {}
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+
+
+def _ledgers(root: Path) -> list[str]:
+    keys = ["views", *(f"teachers/{name}/views" for name in _folders(root / "teachers"))]
+    return [f"{key}/{name}" for key in keys for name in _folders(root / key) if is_view(name)]
+
+
+def _check_teacher(store: Store, name: str, result: Verification) -> None:
+    try:
+        record = store.teacher(name)
+    except HdcacheError as error:
+        result.faults.append(str(error))
+        return
+    if (record.dataset, record.views) != (store.card.dataset.fingerprint, store.card.views):
+        result.faults.append(f"{store.teacher_path(name)}/zarr.json: made for other data or views than the store's")
+
+
+def _check_ledger(store: Store, ledger: Ledger, result: Verification) -> dict[str, StoredObject]:
+    """Compare the records of a ledger with each other; returns the objects that they list."""
+    before = len(result.faults)
+    total = _sum(ledger.key, receipts := _receipts(ledger, result))
+    if not ledger.sealed:
+        result.unsealed.append(ledger.key)
+        return total.objects
+    try:
+        manifest = ledger.manifest()
+    except StoreCorrupt as error:
+        result.faults.append(str(error))
+        return total.objects
+    parts = ledger.key.split("/")
+    teacher, where = parts[1] if parts[0] == "teachers" else "", f"{ledger.folder / MANIFEST}"
+    if (manifest.teacher, str(manifest.view)) != (teacher, parts[-1]):
+        result.faults.append(f"{where}: the seal of {manifest.teacher or 'the views'}/{manifest.view}")
+    if teacher:
+        try:
+            if store.teacher(teacher).identity_digest() != manifest.identity:
+                result.faults.append(f"{where}: seals another identity than that of the teacher's record")
+        except HdcacheError:
+            pass  # already a fault of the teacher
+    if manifest.rows != store.card.dataset.count:
+        result.faults.append(f"{where}: {manifest.rows} rows, the store has {store.card.dataset.count} samples")
+    for key, value in total.objects.items():
+        if manifest.objects.get(key) != value:
+            result.faults.append(f"{ledger.key}/{RECEIPTS}: the receipt of {key} differs from the manifest")
+    whole = receipts and total.covered == manifest.rows and before == len(result.faults)
+    if whole and (manifest.failed, manifest.saturated) != (total.failed, total.saturated):
+        result.faults.append(f"{where}: failed rows or saturated values differ from the receipts")
+    return {**total.objects, **manifest.objects}
+
+
+def _receipts(ledger: Ledger, result: Verification) -> list[Receipt]:
+    found: list[Receipt] = []
     for path in sorted((ledger.folder / RECEIPTS).glob("*.json")):
         try:
             receipt = Receipt.parse(read_json(path), path)
         except StoreCorrupt as error:
             result.faults.append(str(error))
             continue
-        found |= {f"{ledger.key}/{key}": value for key, value in receipt.objects.items()}
+        if f"{receipt.shard}.json" != path.name:
+            result.faults.append(f"{path}: the receipt of shard {receipt.shard}")
+        found.append(receipt)
     return found
 
 
@@ -194,7 +265,19 @@ def _check_object(path: Path, expected: StoredObject, result: Verification, *, q
     if found != expected.size:
         result.faults.append(f"{path}: {found} bytes, expected {expected.size}")
     elif not quick:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            result.faults.append(f"{path}: cannot be read ({error.strerror})")
+            return
         if digest != expected.sha256:
             result.faults.append(f"{path}: sha256 {digest[:12]}..., expected {expected.sha256[:12]}...")
+
+
+def listed_bytes(store: Store) -> int:
+    """Bytes of all objects that sealed manifests list (what :func:`verify` reads, about)."""
+    total = 0
+    for path in store.path.glob("**/manifest.json"):
+        total += sum(entry.size for entry in Manifest.parse(read_json(path), path).objects.values())
+    return total

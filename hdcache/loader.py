@@ -71,6 +71,17 @@ class Options:
     dtype: torch.dtype = torch.float32
     """What codes are decoded to."""
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "world", "threads", "prefetch", "buffer_rows"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.rank < self.world:
+            raise UsageError(
+                f"rank {self.rank} must lie between 0 and {self.world - 1}: the processes are {self.world}"
+            )
+        if self.batch_size < self.world:
+            raise UsageError(f"batch size {self.batch_size} is smaller than the {self.world} processes that share it")
+
 
 @dataclass
 class _Pending:
@@ -111,12 +122,9 @@ class Loader:
         num_views: int | None = None,
         teachers: Sequence[str] = (),
     ) -> None:
-        if options.batch_size < options.world:
-            raise UsageError(
-                f"batch size {options.batch_size} is smaller than the {options.world} processes that share it"
-            )
         self.dataset, self.options, self.spec, self.store = dataset, options, views, store
         self.stored, self.live = list(stored), list(live)
+        self._inputs = [options.preprocessing, *(target.teacher.card.preprocessing for target in self.live)]
         self.ids = store.ids if store is not None else tuple(dataset.ids)
         self.labels = store.labels if store is not None else dataset.labels
         self.readers = [target.reader for target in self.stored]
@@ -143,6 +151,8 @@ class Loader:
             )
 
     def _usable_views(self, wanted: int | None) -> list[int]:
+        if wanted is not None and wanted < 1:
+            raise UsageError(f"num_views {wanted} must be at least 1")
         if self.store is None or not self.readers:
             return list(range(wanted or 1))
         sealed = [set(self.store.views(reader.name)) for reader in self.readers]
@@ -199,9 +209,14 @@ class Loader:
         return self.epoch(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of ``epoch`` from number ``start`` on: the state of a loader is these two numbers."""
+        """Batches of ``epoch`` from number ``start`` on: the state of a loader is these two numbers.
+
+        A last batch of fewer rows than processes leaves some of them an empty one (``drop_last`` leaves it out).
+        """
         options, view, order = self.options, self._view(epoch), self.order(epoch)
         count = self.batches_per_epoch(epoch)
+        if not 0 <= start <= count:
+            raise UsageError(f"cannot start at batch {start}: epoch {epoch} has {count}")
         shares = []
         for index in range(start, count):
             batch = order[index * options.batch_size : (index + 1) * options.batch_size]
@@ -252,13 +267,12 @@ class Loader:
             if table is not None:
                 raise StoreMismatch(f"{error}; it could be read when the store was made") from None
             return str(error)
-        sizes = [self.options.preprocessing, *(target.teacher.card.preprocessing for target in self.live)]
         rendered: dict[tuple[int, str], NDArray[np.uint8]] = {}
-        for wanted in sizes:
+        for wanted in self._inputs:
             key = (wanted.size, wanted.interpolation)
             if key not in rendered:
                 rendered[key] = opened.pixels(wanted)
-        return [rendered[(wanted.size, wanted.interpolation)] for wanted in sizes]
+        return [rendered[(wanted.size, wanted.interpolation)] for wanted in self._inputs]
 
     def _collate(
         self,
@@ -271,17 +285,19 @@ class Loader:
     ) -> _Pending:
         opened = [future.result() for future in futures]
         kept = [i for i, found in enumerate(opened) if not isinstance(found, str)]
-        for i, found in enumerate(opened):
-            if isinstance(found, str):
-                self.dropped[self.ids[samples[rows[i]]]] = found
-        if not kept:
-            raise InputNotFound(
-                f"no image of a whole batch could be read; the first: {next(iter(self.dropped.values()), 'none')}"
-            )
+        reasons = {self.ids[samples[rows[i]]]: found for i, found in enumerate(opened) if isinstance(found, str)}
+        self.dropped |= reasons
+        if reasons and not kept:
+            raise InputNotFound(f"no image of a whole batch could be read; the first: {next(iter(reasons.values()))}")
         chosen = samples[rows[kept]]
         ids = [self.ids[sample] for sample in chosen]
         images = [found for found in opened if not isinstance(found, str)]
-        pixels = [np.stack([image[which] for image in images]) for which in range(1 + len(self.live))]
+        pixels = [
+            np.stack([image[which] for image in images])
+            if images
+            else np.empty((0, 3, wanted.size, wanted.size), np.uint8)
+            for which, wanted in enumerate(self._inputs)
+        ]
         jitter = None
         if self.options.jitter is not None:
             jitter = draw_jitter(self.options.jitter, self.options.seed, ids, epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from hdcache.arrays import ArrayReader
 from hdcache.encodings import Encoder
-from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.integrity import teacher_ledger, view_ledger
 from hdcache.schema import Manifest, StoredObject, TeacherRecord, check_key
 from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.taps import Tokens
 
 Parts = dict[str, NDArray[np.generic]]
+_opening = threading.Lock()
+"""Opening an array sets zarr's one global configuration for a moment."""
 
 
 class TeacherReader:
@@ -84,29 +87,49 @@ class TeacherReader:
             expected = self.record.identity_digest()
             if (manifest.teacher, manifest.view, manifest.identity) != (self.name, view, expected):
                 raise StoreCorrupt(
-                    f"{ledger.folder}/manifest.json: seals {manifest.teacher!r} view {manifest.view}, not {self.name!r} view {view}"
+                    f"{ledger.folder}/manifest.json: seals {manifest.teacher!r} view {manifest.view} "
+                    f"(identity {manifest.identity[:12]}), not {self.name!r} view {view} ({expected[:12]}); copy the store again"
                 )
+            count = self.store.card.dataset.count
+            if manifest.rows != count or not all(0 <= row < count for row in manifest.failed):
+                raise StoreCorrupt(f"{ledger.folder}/manifest.json: its rows are not the {count} of the store")
             self._manifests[view] = manifest
         return self._manifests[view]
 
     def _array(self, view: int, tap: str, name: str) -> ArrayReader:
         key = (view, tap, name)
-        if key not in self._arrays:
-            card = self.record.taps[tap].arrays[name]
-            manifest = self.manifest(view)
-            self._arrays[key] = ArrayReader(
-                self.store.path,
-                f"teachers/{self.name}/views/{view}/{check_key(tap)}/{check_key(name)}",
-                (self.store.card.dataset.count, *card.shape),
-                card.dtype,
-                manifest.objects,
-                self.store.card.rows_per_shard,
-                self._pipeline,
-            )
-        return self._arrays[key]
+        with _opening:
+            if key not in self._arrays:
+                card = self.record.taps[tap].arrays[name]
+                manifest = self.manifest(view)
+                self._arrays[key] = ArrayReader(
+                    self.store.path,
+                    f"teachers/{self.name}/views/{view}/{check_key(tap)}/{check_key(name)}",
+                    (self.store.card.dataset.count, *card.shape),
+                    card.dtype,
+                    manifest.objects,
+                    self.store.card.rows_per_shard,
+                    self._pipeline,
+                )
+            return self._arrays[key]
 
     def rows(self, view: int, tap: str, start: int, stop: int) -> Parts:
-        """Stored arrays of rows ``[start, stop)`` of a tap, each [rows, ...]."""
+        """Stored arrays of rows ``[start, stop)`` of a tap, each [rows, ...].
+
+        Raises
+        ------
+        InputNotFound
+            for a tap that is not stored, or a view that is not sealed.
+        UsageError
+            for rows that do not exist.
+        """
+        if tap not in self.record.taps:
+            raise InputNotFound(
+                f"{self.store.path}: teacher {self.name!r} holds {', '.join(self.record.taps)}, not {tap!r}"
+            )
+        count = self.store.card.dataset.count
+        if not 0 <= start < stop <= count:
+            raise UsageError(f"rows {start} to {stop}: choose a range inside 0 to {count}")
         return {name: self._array(view, tap, name).rows(start, stop) for name in self.record.taps[tap].arrays}
 
     def decode(self, tap: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:

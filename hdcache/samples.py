@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hdcache.datasets import Dataset, decode, digest
-from hdcache.errors import StoreMismatch, UnreadableImage
+from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage
 from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.views import Box, draw, render
 
@@ -40,6 +40,8 @@ def open_sample(
 
     Raises
     ------
+    InputNotFound
+        when the data set has no such sample.
     UnreadableImage
         when the source cannot be read or decoded.
     StoreMismatch
@@ -48,6 +50,8 @@ def open_sample(
     try:
         source = dataset.read(sample_id)
         image = decode(source)
+    except InputNotFound:
+        raise  # not a broken image but the wrong data set
     except UnreadableImage as error:
         raise UnreadableImage(f"{sample_id}: {error}") from None
     except OSError as error:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hdcache.errors import StoreCorrupt, UsageError
 
 FORMAT = 1
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-KEY = re.compile(r"^(?!/)(?!.*//)[A-Za-z0-9._/-]{1,512}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+KEY = re.compile(r"[A-Za-z0-9._/-]{1,512}")
+# A row beyond this is no feature; it bounds what a hostile record can make a reader allocate.
+MAX_VALUES = 1 << 32
 
 
 class Record(BaseModel):
@@ -52,13 +55,14 @@ def first_fault(error: ValidationError) -> str:
     """One line for the first fault that pydantic found: field, reason, value."""
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"]) or "record"
+    where = (where if where.isprintable() else ascii(where))[:160]  # keys of a hostile record may hold anything
     value = repr(fault.get("input"))
     return f"{where}: {fault['msg']} (found {value[:80]})"
 
 
 def check_name(name: str, what: str) -> str:
     """``name`` if it may be a folder of a store; :class:`UsageError` otherwise."""
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         raise UsageError(
             f"{what} {name!r} may hold only letters, digits, '.', '_', '-', and start with a letter or digit"
         )
@@ -67,7 +71,7 @@ def check_name(name: str, what: str) -> str:
 
 def check_key(key: str) -> str:
     """``key`` if it is a safe relative object key (no absolute path, ``..`` or empty segment)."""
-    if not KEY.match(key) or any(part in ("", ".", "..") for part in key.split("/")):
+    if not KEY.fullmatch(key) or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"unsafe object key {key!r}")
     return key
 
@@ -80,7 +84,7 @@ class DatasetCard(Record):
     kind: Literal["folder", "tar", "hf", "torchvision", "npz"]
     fingerprint: str
     """sha256 over the sorted (id, label name, size or content digest) of every sample."""
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=MAX_VALUES)
     classes: tuple[str, ...] = ()
     """Class names; ``label`` arrays index into them, -1 where a sample has none."""
 
@@ -105,8 +109,8 @@ class ViewSpec(Record):
         if not 0 < low <= high <= 1:
             raise ValueError(f"scale {self.scale} must satisfy 0 < low <= high <= 1")
         low, high = self.ratio
-        if not 0 < low <= high:
-            raise ValueError(f"ratio {self.ratio} must satisfy 0 < low <= high")
+        if not 0.001 <= low <= high <= 1000:
+            raise ValueError(f"ratio {self.ratio} must satisfy 0.001 <= low <= high <= 1000")
         return self
 
 
@@ -121,12 +125,21 @@ class Preprocessing(Record):
     """Pillow's filter, always antialiased (``nearest`` has none)."""
 
 
+def _spellable(value: dict[str, Any]) -> dict[str, Any]:
+    canonical_json(value)  # raises ValueError for NaN, infinities and lone surrogates
+    return value
+
+
+Facts = Annotated[dict[str, Any], AfterValidator(_spellable)]
+"""Free JSON: whatever a library calls its settings."""
+
+
 class TeacherCard(Record):
     """A frozen network: all that decides its outputs."""
 
     architecture: str
     """timm's name."""
-    arguments: dict[str, Any] = {}
+    arguments: Facts = {}
     """Keyword arguments of ``timm.create_model`` beyond the name (``img_size``, ``num_heads`` ...)."""
     weights: str
     """sha256 over the names, shapes and fp32 bytes of the backbone's parameters and buffers."""
@@ -147,8 +160,15 @@ class TeacherCard(Record):
 class ArrayCard(Record):
     """One array of a tap or an encoding: shape and dtype of one row (or of the whole, for constants)."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
     dtype: Literal["float32", "float16", "uint16", "int8", "int16", "uint8", "int32", "int64"]
+
+    @field_validator("shape")
+    @classmethod
+    def _bounded(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(value) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
+        return value
 
 
 class Certificate(Record):
@@ -185,12 +205,19 @@ class TapCard(Record):
     """Arrays shared by all rows, in ``encodings/TAP/``."""
     certificate: Certificate
 
-    @field_validator("arrays", "constants")
-    @classmethod
-    def _names(cls, value: dict[str, ArrayCard]) -> dict[str, ArrayCard]:
-        for name in value:
-            check_key(name)
-        return value
+    @model_validator(mode="after")
+    def _fits_encoding(self) -> Self:
+        rows = {name: card.shape for name, card in self.arrays.items() if name != "prefix"}
+        constants = {"klt": {"basis", "mean", "step"}, "int8": {"scale", "offset"}}.get(self.encoding, set())
+        if self.encoding in ("klt", "int8"):
+            names = {"codes", "wide"} if self.encoding == "klt" else {"codes"}
+            good = bool(rows) and rows.keys() <= names and all(shape[1:] == (self.tokens,) for shape in rows.values())
+        else:
+            good = rows.keys() == {"values"} and (not self.tokens or rows["values"] == (self.tokens, self.channels))
+        prefix = self.arrays["prefix"].shape if "prefix" in self.arrays else (0, self.channels)
+        if not good or self.constants.keys() != constants or prefix != (self.prefix_tokens, self.channels):
+            raise ValueError(f"arrays and constants are not those of a {self.encoding} tap")
+        return self
 
 
 class TapRequest(Record):
@@ -228,6 +255,10 @@ class StoredObject(Record):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+Objects = dict[Annotated[str, AfterValidator(check_key)], StoredObject]
+"""Files by a key that cannot leave the folder it is relative to."""
+
+
 class TeacherRecord(Record):
     """A teacher inside a store, written before its first row and never changed."""
 
@@ -238,11 +269,11 @@ class TeacherRecord(Record):
     dataset: str
     """Fingerprint of the data set."""
     views: ViewSpec
-    weights: dict[str, ArrayCard] = {}
+    weights: dict[Annotated[str, AfterValidator(check_key)], ArrayCard] = {}
     """Frozen pieces that derive targets (``block9/qkv_weight`` ...), in ``weights/``."""
-    attention: dict[str, Any] = {}
+    attention: Facts = {}
     """Per tapped block: heads, and the kind and epsilon of its Q/K norm, if any."""
-    objects: dict[str, StoredObject] = {}
+    objects: Objects = {}
     """Files of the constants and weights, relative to the teacher's folder."""
     batch: int = Field(ge=1)
     """Images per forward pass; a rerun and ``--online`` use the same, so that results agree to the bit."""
@@ -265,19 +296,12 @@ class Receipt(Record):
 
     shard: int = Field(ge=0)
     rows: tuple[int, int]
-    objects: dict[str, StoredObject]
+    objects: Objects
     """Relative to the folder that holds ``receipts/``."""
     failed: dict[int, str] = {}
     """Row -> reason, for rows whose image could not be read or whose features were not finite."""
     saturated: int = 0
     """Values clipped to their integer range while encoding."""
-
-    @field_validator("objects")
-    @classmethod
-    def _keys(cls, value: dict[str, StoredObject]) -> dict[str, StoredObject]:
-        for key in value:
-            check_key(key)
-        return value
 
 
 class Manifest(Record):
@@ -289,17 +313,10 @@ class Manifest(Record):
     """sha256 of the teacher's identity."""
     view: int = Field(ge=0)
     rows: int
-    objects: dict[str, StoredObject]
+    objects: Objects
     """Relative to the store's root: the view's arrays, the teacher's constants and metadata."""
     failed: dict[int, str] = {}
     saturated: int = 0
-
-    @field_validator("objects")
-    @classmethod
-    def _keys(cls, value: dict[str, StoredObject]) -> dict[str, StoredObject]:
-        for key in value:
-            check_key(key)
-        return value
 
 
 def differences(asked: Any, found: Any, path: str = "") -> list[str]:

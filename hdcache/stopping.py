@@ -30,9 +30,9 @@ def requested() -> bool:
 
 def stop(saved: str) -> Interrupted:
     """The error to leave with after progress was saved: exit 75, or 130 after Ctrl-C."""
-    error = Interrupted(
-        f"stopped by {signal.Signals(_received[0]).name} with {saved}; run the same command again to go on"
-    )
-    if _received[0] == signal.SIGINT:
+    # Of several processes that train together, one may have been told for all.
+    told = signal.Signals(_received[0]).name if _received else "a signal to another process"
+    error = Interrupted(f"stopped by {told} with {saved}; run the same command again to go on")
+    if signal.SIGINT in _received[:1]:
         error.exit_code = 130
     return error

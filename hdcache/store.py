@@ -28,9 +28,9 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from hdcache.arrays import ArrayReader, durable_write, group_metadata, read_json, write_constant
+from hdcache.arrays import ArrayReader, durable_write, group_metadata, read_attributes, read_json, write_constant
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
-from hdcache.schema import FORMAT, Receipt, StoreCard, StoredObject, TeacherRecord, check_name
+from hdcache.schema import FORMAT, NAME, Receipt, StoreCard, StoredObject, TeacherRecord, check_name
 
 GEOMETRY_COLUMNS = ("sample", "left", "top", "width", "height", "flip", "source_width", "source_height")
 
@@ -63,8 +63,7 @@ class Store:
             raise InputNotFound(
                 f"{root}: no store there; make one with 'hdcache extract DATA --store {root} --teacher MODEL'"
             )
-        attributes = read_json(root / "zarr.json")
-        record = attributes.get("attributes", {}).get("hdcache") if isinstance(attributes, dict) else None
+        record = read_attributes(root / "zarr.json")
         if not isinstance(record, dict):
             raise InputNotFound(f"{root}: a Zarr group, but not an hdcache store (no 'hdcache' attribute)")
         version = record.get("format")
@@ -78,6 +77,10 @@ class Store:
     def create(cls, path: str | Path, card: StoreCard, ids: Sequence[str], labels: NDArray[np.int64]) -> Store:
         """Create a store with its samples; the root record is written last, so a half-made store is never opened."""
         root = Path(path).expanduser()
+        if not len(ids) == len(labels) == card.dataset.count:
+            raise ValueError(f"{len(ids)} ids and {len(labels)} labels for {card.dataset.count} samples")
+        if (root.exists() and not root.is_dir()) or (root / "zarr.json").exists():
+            raise StoreMismatch(f"{root}: exists already; give --store another folder")
         if root.is_dir() and any(
             entry.name not in ("samples", "views", "teachers") and not entry.name.startswith(".")
             for entry in root.iterdir()
@@ -130,7 +133,8 @@ class Store:
 
     def teachers(self) -> list[str]:
         """Names of the teachers in the store, sealed or not."""
-        return sorted(folder.parent.name for folder in (self.path / "teachers").glob("*/zarr.json"))
+        found = (path.parent.name for path in (self.path / "teachers").glob("*/zarr.json"))
+        return sorted(name for name in found if NAME.fullmatch(name))
 
     def teacher_path(self, name: str) -> Path:
         return self.path / "teachers" / check_name(name, "teacher")
@@ -144,18 +148,26 @@ class Store:
                 f"{self.path}: no teacher {name!r} (teachers: {known}); "
                 f"add it with 'hdcache extract --store {self.path} --teacher {name}=MODEL'"
             )
-        return TeacherRecord.parse(read_json(path).get("attributes", {}).get("hdcache"), path)
+        record = TeacherRecord.parse(read_attributes(path), path)
+        if record.name != name:
+            raise StoreCorrupt(f"{path}: the record of teacher {record.name!r}; rename the folder back to that")
+        return record
 
     def views(self, teacher: str) -> list[int]:
         """Sealed views of a teacher, ascending."""
         found = (self.teacher_path(teacher) / "views").glob("*/manifest.json")
-        return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
+        return sorted(int(path.parent.name) for path in found if is_view(path.parent.name))
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Exclusive right to write ``name`` (a teacher); the system frees it when the process dies, however it dies."""
         with write_lock(self.path / f".{check_name(name, 'teacher')}.lock"):
             yield
+
+
+def is_view(name: str) -> bool:
+    """Whether a folder's name is the number of a view as hdcache spells it."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 @contextmanager
@@ -167,7 +179,10 @@ def write_lock(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        who = owner.read_text().strip() if owner.is_file() else "another process"
+        try:
+            who = owner.read_text().strip() or "another process"
+        except OSError:
+            who = "another process"
         raise StoreLocked(
             f"{path.parent} is being written by {who}; wait for it, or stop it and run the same command again"
         ) from None

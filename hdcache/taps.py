@@ -25,14 +25,14 @@ from dataclasses import dataclass
 
 import torch
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from hdcache.errors import UsageError
 from hdcache.relations import relation, split_heads
 
 _NAME = re.compile(
-    r"^block(?P<block>[1-9]\d*)\.(?P<what>out|attn_in|qkv|rel\.(?P<kind>qk|vv|qq|kk)(@(?P<heads>[1-9]\d*))?)$"
+    r"block(?P<block>[1-9][0-9]{0,3})\.(?P<what>out|attn_in|qkv|rel\.(?P<kind>qk|vv|qq|kk)(@(?P<heads>[1-9][0-9]{0,3}))?)"
 )
 GRAMMAR = "blockN.out, blockN.attn_in, blockN.qkv, blockN.rel.qk|vv|qq|kk[@HEADS], final, pooled, logits"
 
@@ -73,7 +73,7 @@ def parse_tap(name: str, depth: int | None = None) -> TapName:
     """Parse a tap name; with ``depth``, a block beyond it is a :class:`UsageError` too."""
     if name in ("final", "pooled", "logits"):
         return TapName(name, 0, name)
-    match = _NAME.match(name)
+    match = _NAME.fullmatch(name)
     if not match:
         raise UsageError(f"unknown tap {name!r}; taps are {GRAMMAR}")
     block = int(match["block"])
@@ -102,16 +102,16 @@ def attention_of(model: nn.Module, block: int) -> Attention:
         saying which kind of attention or block cannot be read.
     """
     num_blocks(model)
-    layer = model.blocks[block - 1]  # type: ignore[index, operator]  # nn.Module's attributes are untyped
-    if isinstance(layer, ResPostBlock | ParallelScalingBlock) or not isinstance(layer, Block):
+    layer: nn.Module = model.blocks[block - 1]  # type: ignore[index, assignment]  # nn.Module's attributes are untyped
+    if type(layer) is not Block:  # a subclass may do something else
         raise UsageError(
-            f"block{block} is a {type(layer).__name__}: its attention does not read norm1 of the block's input; "
+            f"block{block} is a {type(layer).__name__}: its attention need not read norm1 of the block's input; "
             f"tap block{block}.out instead"
         )
     if type(layer.attn) is not Attention:
         raise UsageError(
-            f"block{block} has {type(layer.attn).__name__}, whose queries and keys are not those of plain attention "
-            f"(rotary or windowed); tap block{block}.out instead"
+            f"block{block} has {type(layer.attn).__name__}, whose queries and keys need not be those of plain attention "
+            f"(rotary, windowed, differential); tap block{block}.out instead"
         )
     return layer.attn
 
@@ -189,7 +189,7 @@ def _attention_taps(
     model: nn.Module, number: int, x_BTD: Tensor, taps: Sequence[TapName], prefix: int
 ) -> Mapping[str, Tokens | Tensor]:
     attention = attention_of(model, number)
-    attn_in = model.blocks[number - 1].norm1(x_BTD)  # type: ignore[index, union-attr, operator]
+    attn_in = model.blocks[number - 1].norm1(x_BTD)  # type: ignore[index, union-attr]
     found: dict[str, Tokens | Tensor] = {}
     qkv = attention.qkv(attn_in) if any(tap.what != "attn_in" for tap in taps) else None
     for tap in taps:
@@ -208,11 +208,11 @@ def relation_of_qkv(attention: nn.Module, qkv_BTE: Tensor, kind: str, heads: int
     """Softmaxed token relation [B, H, T, T] of a block's ``qkv`` output [B, T, 3 H K].
 
     With the block's own head count, Q and K pass its Q/K norm as in its own attention. Another head count
-    (``heads``) cannot: the norms are sized for the block's heads, and such a block is refused.
+    (``heads``) cannot: the norms are sized for the block's heads, and such a block is refused. Values have no norm.
     """
     own = int(attention.num_heads)  # type: ignore[arg-type]
     q, k, v = split_heads(qkv_BTE, heads or own)
-    if not (isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)):
+    if kind != "vv" and not (isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)):
         if heads not in (None, own):
             raise UsageError(f"relations with {heads} heads: the block normalises Q and K for its own {own} heads")
         q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]

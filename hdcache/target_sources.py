@@ -45,6 +45,14 @@ class StoredTargets:
             for name, value in self.reader.rows(view, tap, start, stop).items()
         }
 
+    def empty(self, rows: int) -> dict[str, NDArray[np.generic]]:
+        """Arrays for so many rows, not filled in, named as :meth:`read` names them."""
+        return {
+            f"{tap}/{name}": np.empty((rows, *card.shape), card.dtype)
+            for tap in self.derivation.taps
+            for name, card in self.reader.record.taps[tap].arrays.items()
+        }
+
     def finish(self, arrays: Mapping[str, Tensor]) -> dict[str, Tokens | Tensor]:
         """Targets of a batch from its stored arrays, on the device those are on."""
         decoded = {}
@@ -100,14 +108,12 @@ class Runs:
 
     def gather(self, number: int, rows: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.generic]]]:
         """Stored arrays of ``rows``, the ones of batch ``number``; forgets runs that no later batch needs."""
-        gathered: dict[str, dict[str, NDArray[np.generic]]] = {target.name: {} for target in self._stored}
+        gathered = {target.name: target.empty(len(rows)) for target in self._stored}
         of_run = rows // RUN_ROWS
         for run in self._needs[number]:
             places = np.flatnonzero(of_run == run)
             for teacher, arrays in self._futures[run].result().items():
                 for name, value in arrays.items():
-                    if name not in gathered[teacher]:
-                        gathered[teacher][name] = np.empty((len(rows), *value.shape[1:]), value.dtype)
                     gathered[teacher][name][places] = value[rows[places] - run * RUN_ROWS]
             self._uses[run] -= 1
             if not self._uses[run]:

@@ -75,26 +75,50 @@ class _FrozenAttention(nn.Module):
         kind = facts["normalised"]
         if not kind:
             return nn.Identity()
-        weight = weights[f"{key}_weight"]
-        if kind not in ("LayerNorm", "LayerNormFp32"):
-            raise UsageError(
-                f"relations of a teacher with {kind} on Q and K cannot be derived; store the matrices: --tap blockN.rel.qk"
-            )
-        norm = nn.LayerNorm(weight.shape[0], eps=float(str(facts["epsilon"])))
-        norm.load_state_dict({"weight": weight, "bias": weights[f"{key}_bias"]})
-        return norm.to(weight.device)
+        epsilon = float(str(facts["epsilon"]))
+        if kind in ("LayerNorm", "LayerNormFp32"):
+            return _FrozenNorm(weights.get(f"{key}_weight"), weights.get(f"{key}_bias"), epsilon, centred=True)
+        if kind in ("RmsNorm", "RmsNormFp32"):
+            return _FrozenNorm(weights.get(f"{key}_weight"), None, epsilon, centred=False)
+        return _UnknownNorm(str(kind))
 
     def qkv(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class _FrozenNorm(nn.Module):
+    """Layer or RMS norm over the head width, in float32."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, epsilon: float, *, centred: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.epsilon, self.centred = weight, bias, epsilon, centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        if self.centred:
+            return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+        return functional.rms_norm(x, list(x.shape[-1:]), self.weight, self.epsilon)
+
+
+class _UnknownNorm(nn.Module):
+    """A Q/K norm that only the teacher itself can compute; values need none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise UsageError(
+            f"relations of a teacher with {self.kind} on Q and K cannot be derived; store the matrices: --tap blockN.rel.qk"
+        )
 
 
 def sources(target: TapName) -> list[str]:
     """Taps that can give ``target``, cheapest to read first."""
     block = f"block{target.block}"
     if target.what == "rel":
-        stored = [] if target.heads else [target.name]
         # A stored matrix is exact for its own head count, but many times larger than what it follows from.
-        return [f"{block}.attn_in", f"{block}.qkv", *stored]
+        return [f"{block}.attn_in", f"{block}.qkv", target.name]
     if target.what == "qkv":
         return [target.name, f"{block}.attn_in"]
     return [target.name]
@@ -144,4 +168,11 @@ def derivation(
     frozen: dict[int, nn.Module] = {
         block: _FrozenAttention(attention[f"block{block}"], block, weights) for block in blocks
     }
-    return Derivation(dict(plan), frozen)
+    found = Derivation(dict(plan), frozen)
+    for target, source in plan.items():
+        asked = parse_tap(target)
+        if asked.what == "rel" and target != source:
+            # A head count or a norm that cannot be meant is refused now, not at the first batch.
+            width = weights[f"block{asked.block}/qkv_weight"]
+            relation_of_qkv(frozen[asked.block], width.new_zeros(1, 1, len(width)), asked.kind, asked.heads)
+    return found

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hdcache.backbones import Backbone, load_backbone, normalize
 from hdcache.errors import StoreMismatch, UsageError
-from hdcache.schema import TeacherCard, TeacherRecord, check_name
+from hdcache.schema import TeacherCard, TeacherRecord, check_name, differences
 from hdcache.taps import Tokens, attention_of, forward_taps, num_blocks, parse_tap
 
 
@@ -50,7 +50,7 @@ class Teacher:
             float32 taps of R rows on the teacher's device.
         """
         pieces: list[dict[str, Tokens | Tensor]] = []
-        for start in range(0, len(pixels), self.batch):
+        for start in range(0, max(1, len(pixels)), self.batch):
             part = pixels[start : start + self.batch].to(self.device)
             count = len(part)
             if count < self.batch:
@@ -131,6 +131,7 @@ def load_teacher(
     """
     own, spec = split_name(spec)
     where = torch.device(device)
+    precision = choose_precision(precision, where)
     if batch < 1:
         raise UsageError(f"batch {batch} must be at least 1")
     backbone = load_backbone(spec, img_size=img_size, classifier="logits" in taps)
@@ -141,8 +142,8 @@ def load_teacher(
         if parsed.what in ("attn_in", "qkv", "rel"):
             attention_of(backbone.model, parsed.block)
     if "logits" in taps and not getattr(backbone.model, "num_classes", 0):
-        raise UsageError(f"teacher {spec}: no classifier, so there are no logits to store")
-    return Teacher(name or own, _card(backbone, choose_precision(precision, where)), backbone, batch, where)
+        raise UsageError(f"teacher {spec}: no classifier, so there are no logits to store; drop the tap 'logits'")
+    return Teacher(name or own, _card(backbone, precision), backbone, batch, where)
 
 
 def _card(backbone: Backbone, precision: str) -> TeacherCard:
@@ -171,15 +172,23 @@ def reload_teacher(record: TeacherRecord, spec: str | None = None, device: str |
     StoreMismatch
         when its weights are not those that the store was made with.
     """
-    taps = list(record.taps)
     card = record.card
+    side = card.arguments.get("img_size")
     teacher = load_teacher(
-        spec or record.source, name=record.name, precision=card.precision, batch=record.batch, device=device, taps=taps
+        spec or record.source,
+        name=record.name,
+        # Extraction may have been given the size apart from the spec (--img-size).
+        img_size=side if isinstance(side, int) else None,
+        precision=card.precision,
+        batch=record.batch,
+        device=device,
+        taps=list(record.taps),
     )
-    if teacher.card != card:
+    lines = differences(teacher.card.model_dump(mode="json"), card.model_dump(mode="json"))
+    if lines:
         raise StoreMismatch(
-            f"teacher {record.name}: {spec or record.source} has weights {teacher.card.weights[:12]}..., "
-            f"the store was made with {card.weights[:12]}...; give the original with --teacher {record.name}=SPEC"
+            f"teacher {record.name}: {spec or record.source} is not the network that the store was made with "
+            f"({'; '.join(lines)}); give the original with --teacher {record.name}=SPEC"
         )
     return teacher
 

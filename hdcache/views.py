@@ -12,10 +12,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 
 from hdcache import draws
 from hdcache.errors import UsageError, nearest
-from hdcache.schema import ViewSpec
+from hdcache.schema import ViewSpec, first_fault
 
 Box = tuple[int, int, int, int]
 """(left, top, width, height) in source pixels."""
@@ -40,11 +41,29 @@ _FILTERS = {
 }
 
 
-def preset(name: str, seed: int = 0) -> ViewSpec:
-    """The named view spec with ``seed``; :class:`UsageError` names the nearest preset."""
+def parse_views(text: str, seed: int = 0) -> ViewSpec:
+    """A preset's name, with options after ``?`` as in ``gentle?flip=0&scale=0.7,1``, as a :class:`ViewSpec`.
+
+    Raises
+    ------
+    UsageError
+        for an unknown preset or option (naming the nearest) or a value out of range.
+    """
+    name, _, query = text.partition("?")
     if name not in PRESETS:
         raise UsageError(f"unknown views {name!r}; {nearest(name, PRESETS)}")
-    return PRESETS[name].model_copy(update={"seed": seed})
+    fields: dict[str, object] = PRESETS[name].model_dump() | {"seed": seed}
+    for option in filter(None, query.split("&")):
+        key, _, value = option.partition("=")
+        if key not in ViewSpec.model_fields or key == "kind":
+            raise UsageError(
+                f"views {text!r}: unknown option {key!r}; {nearest(key, set(ViewSpec.model_fields) - {'kind'})}"
+            )
+        fields[key] = value.split(",") if "," in value else value
+    try:
+        return ViewSpec.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(f"views {text!r}: {first_fault(error)}") from None
 
 
 def center_box(width: int, height: int, fraction: float) -> Box:

@@ -1,0 +1,5 @@
+"""``python -m hdcache``: what torchrun starts."""
+
+from hdcache.cli import main
+
+main()

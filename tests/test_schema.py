@@ -1,0 +1,287 @@
+"""Records: one canonical spelling, nothing unknown, nothing unsafe."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hdcache.errors import StoreCorrupt, UsageError
+from hdcache.schema import (
+    ArrayCard,
+    DatasetCard,
+    Manifest,
+    Preprocessing,
+    Receipt,
+    StoreCard,
+    StoredObject,
+    TapCard,
+    TeacherCard,
+    TeacherRecord,
+    ViewSpec,
+    canonical_json,
+    check_key,
+    check_name,
+    differences,
+)
+
+ZERO = "0" * 64
+DATA = {"spec": "folder:/x", "kind": "folder", "fingerprint": ZERO, "count": 3, "classes": ["a"]}
+CERTIFICATE = {
+    "calibration_rows": 1,
+    "heldout_rows": 1,
+    "relative_rmse": 0.0,
+    "cosine_mean": 1.0,
+    "cosine_min": 1.0,
+    "bits_per_value": 8.0,
+}
+TAP: dict[str, Any] = {
+    "tap": "final",
+    "encoding": "klt",
+    "tokens": 4,
+    "channels": 6,
+    "prefix_tokens": 1,
+    "arrays": {
+        "codes": {"shape": [5, 4], "dtype": "int8"},
+        "wide": {"shape": [1, 4], "dtype": "int16"},
+        "prefix": {"shape": [1, 6], "dtype": "float16"},
+    },
+    "constants": {
+        "basis": {"shape": [6, 6], "dtype": "float32"},
+        "mean": {"shape": [6], "dtype": "float32"},
+        "step": {"shape": [1], "dtype": "float32"},
+    },
+    "certificate": CERTIFICATE,
+}
+TEACHER: dict[str, Any] = {
+    "architecture": "vit",
+    "weights": ZERO,
+    "preprocessing": {"size": 32},
+    "patch_size": 16,
+    "grid": [2, 2],
+    "prefix_tokens": 1,
+    "class_token": True,
+    "width": 6,
+    "depth": 1,
+    "heads": 2,
+    "precision": "fp32",
+}
+jsons = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def record(**changes: Any) -> TeacherRecord:
+    fields = {
+        "name": "t",
+        "card": TEACHER,
+        "taps": {"final": TAP},
+        "requests": [{"tap": "final", "encoding": "klt", "fidelity": 0.05}],
+        "dataset": ZERO,
+        "views": {},
+        "batch": 4,
+    }
+    return TeacherRecord.model_validate(fields | changes)
+
+
+@settings(max_examples=60)
+@given(value=jsons)
+def test_equal_values_have_equal_bytes(value: Any) -> None:
+    """The canonical spelling survives a round trip and does not know the order of keys."""
+    text = canonical_json(value)
+    assert json.loads(text) == value
+    assert canonical_json(json.loads(text)) == text
+    if isinstance(value, dict):
+        assert canonical_json(dict(reversed(value.items()))) == text
+
+
+def test_digests_that_no_release_may_change() -> None:
+    """Identities in stores of format 1."""
+    assert ViewSpec().digest() == "8930112ef8dd64567e19bea410bac5ba9d5644e6ce8e5015cdc923b8327b94ae"
+    assert record().identity_digest() == "0835932ad732f30803a3b8d486bb38598ea7d80089cd4801f2d2b9074990d343"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        ViewSpec(),
+        DatasetCard.model_validate(DATA),
+        StoreCard(dataset=DatasetCard.model_validate(DATA), views=ViewSpec()),
+        TapCard.model_validate(TAP),
+        record(),
+        Receipt(shard=0, rows=(0, 2), objects={"a/c.0": StoredObject(size=1, sha256=ZERO)}, failed={1: "ünreadable"}),
+        Manifest(teacher="t", identity=ZERO, view=0, rows=2, objects={}, failed={1: "x"}),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_records_survive_json(made: Any) -> None:
+    again = type(made).parse(json.loads(made.canonical()), "x")
+    assert again == made
+    assert again.digest() == made.digest()
+    with pytest.raises(StoreCorrupt, match=r"^x: nosuch: Extra inputs are not permitted"):
+        type(made).parse(json.loads(made.canonical()) | {"nosuch": 1}, "x")
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(made, next(iter(type(made).model_fields)), 1)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], "x", [[]]])
+def test_a_record_that_is_none(value: object) -> None:
+    with pytest.raises(StoreCorrupt, match=r"^x: record: .*valid dictionary"):
+        Manifest.parse(value, "x")
+
+
+def test_identity_holds_what_changes_values_and_nothing_else() -> None:
+    base = record().identity_digest()
+    for same in ({"source": "y"}, {"licence": "y"}, {"batch": 9}, {"name": "u"}, {"attention": {"a": 1}}):
+        assert record(**same).identity_digest() == base
+    for other in (
+        {"card": TEACHER | {"weights": "1" * 64}},
+        {"card": TEACHER | {"precision": "bf16"}},
+        {"requests": []},
+        {"dataset": "1" * 64},
+        {"views": {"seed": 1}},
+    ):
+        assert record(**other).identity_digest() != base
+
+
+bad_keys = ["", "/a", "a//b", "../a", "a/../b", "a/..", "a/.", "./a", "a/", "a\n", "a b", "é", "a\\b", "x" * 513, "a\0"]
+
+
+@pytest.mark.parametrize("key", bad_keys)
+def test_unsafe_keys_are_refused_in_every_record(key: str) -> None:
+    """A key never leaves its folder, whichever record names it."""
+    with pytest.raises(ValueError, match="unsafe object key"):
+        check_key(key)
+    listed = {key: {"size": 1, "sha256": ZERO}}
+    for parse in (
+        lambda: Receipt.parse({"shard": 0, "rows": [0, 1], "objects": listed}, "r"),
+        lambda: Manifest.parse({"teacher": "t", "identity": ZERO, "view": 0, "rows": 1, "objects": listed}, "r"),
+        lambda: TeacherRecord.parse(json.loads(record().canonical()) | {"objects": listed}, "r"),
+        lambda: TeacherRecord.parse(
+            json.loads(record().canonical()) | {"weights": {key: TAP["constants"]["mean"]}}, "r"
+        ),
+    ):
+        with pytest.raises(StoreCorrupt, match=r"^r: .*unsafe object key"):
+            parse()
+
+
+@settings(max_examples=100)
+@given(key=st.text("ab./-_", max_size=12))
+def test_a_safe_key_stays_inside_its_folder(key: str) -> None:
+    try:
+        check_key(key)
+    except ValueError:
+        return
+    assert not key.startswith("/")
+    assert all(part not in ("", ".", "..") for part in key.split("/"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "-a", ".a", "a\n", "é", "x" * 129])
+def test_names_that_cannot_be_folders(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^teacher .* may hold only letters, digits"):
+        check_name(name, "teacher")
+
+
+@pytest.mark.parametrize("name", ["a", "0", "dino.v2-S_14", "x" * 128])
+def test_names_that_can(name: str) -> None:
+    assert check_name(name, "teacher") == name
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """``TAP`` with the field at a dotted path replaced, or dropped where ``value`` is None."""
+    tap: dict[str, Any] = json.loads(json.dumps(TAP))
+    *parents, last = path.split(".")
+    inside = tap
+    for name in parents:
+        inside = inside[name]
+    if value is None:
+        del inside[last]
+    else:
+        inside[last] = value
+    return tap
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("encoding", "int8"),
+        ("encoding", "fp32"),
+        ("constants.step", None),
+        ("arrays.prefix", None),
+        ("arrays.extra", {"shape": [5, 4], "dtype": "int8"}),
+        ("arrays.codes", {"shape": [5, 3], "dtype": "int8"}),
+        ("prefix_tokens", 0),
+        ("tokens", 5),
+        ("arrays", {"prefix": {"shape": [1, 6], "dtype": "float16"}}),
+    ],
+)
+def test_a_tap_whose_arrays_do_not_fit_its_encoding(path: str, value: object) -> None:
+    with pytest.raises(StoreCorrupt, match="arrays and constants are not those of a .* tap"):
+        TapCard.parse(changed(path, value), "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"shape": [0], "dtype": "int8"}, "greater than or equal to 1"),
+        ({"shape": [10**6, 10**6], "dtype": "int8"}, "more than 4294967296 values"),
+        ({"shape": [1], "dtype": "object"}, "dtype"),
+    ],
+)
+def test_shapes_are_bounded_and_types_are_plain(value: object, message: str) -> None:
+    with pytest.raises(StoreCorrupt, match=message):
+        ArrayCard.parse(value, "x")
+
+
+def test_a_count_beyond_all_data_is_refused() -> None:
+    with pytest.raises(StoreCorrupt, match="count: "):
+        DatasetCard.parse(DATA | {"count": 10**12}, "x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
+@pytest.mark.parametrize("where", ["arguments", "attention"])
+def test_free_json_has_a_canonical_spelling_too(value: object, where: str) -> None:
+    """What json.loads lets through but UTF-8 JSON cannot spell never reaches a digest."""
+    raw = json.loads(record().canonical())
+    (raw["card"] if where == "arguments" else raw)[where] = {"a": value}
+    with pytest.raises(StoreCorrupt, match=where):
+        TeacherRecord.parse(raw, "x")
+
+
+def test_shards_hold_whole_chunks() -> None:
+    with pytest.raises(ValidationError, match="rows_per_shard 256 is not a multiple of rows_per_chunk 7"):
+        StoreCard(dataset=DatasetCard.model_validate(DATA), views=ViewSpec(), rows_per_chunk=7)
+
+
+def test_preprocessing_is_bounded() -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 8192"):
+        Preprocessing(size=100_000)
+
+
+def test_differences_name_the_leaves() -> None:
+    asked = {"a": {"b": 1, "c": [1, 2]}, "d": 1, "e": [1]}
+    found = {"a": {"b": 2, "c": [1, 3]}, "d": 1, "e": [1, 2]}
+    assert differences(asked, found) == [
+        "a.b: the store has 2, asked was 1",
+        "a.c[1]: the store has 3, asked was 2",
+        "e: the store has [1, 2], asked was [1]",
+    ]
+    assert differences({"x": 1}, {}) == ["x: the store has None, asked was 1"]
+
+
+@settings(max_examples=60)
+@given(first=jsons, second=jsons)
+def test_equal_values_have_no_differences_and_other_lists_do(first: Any, second: Any) -> None:
+    assert differences(first, json.loads(canonical_json(first))) == []
+    assert bool(differences({"x": [first, 1]}, {"x": [second]}))
+
+
+def test_a_teacher_card_names_the_wrong_field() -> None:
+    with pytest.raises(StoreCorrupt, match=r"^x: precision: .* \(found 'fp8'\)"):
+        TeacherCard.parse(TEACHER | {"precision": "fp8"}, "x")

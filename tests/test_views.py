@@ -1,0 +1,172 @@
+"""Views: boxes inside the image, pure functions of (seed, id, view), pixels that come from the box alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from hdcache.errors import UsageError
+from hdcache.schema import ViewSpec
+from hdcache.views import PRESETS, center_box, draw, parse_views, render, row_order
+
+sides = st.one_of(st.integers(1, 12), st.integers(1, 20_000))
+shares = st.floats(1e-6, 1)
+ratios = st.floats(0.001, 1000)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@settings(max_examples=300)
+@given(
+    width=sides,
+    height=sides,
+    scale=st.tuples(shares, shares).map(sorted),
+    ratio=st.tuples(ratios, ratios).map(sorted),
+    kind=st.sampled_from(["random-resized-crop", "center-crop", "resize"]),
+    view=st.integers(0, 5),
+    name=st.text(max_size=6),
+)
+def test_every_box_lies_inside_its_image(
+    width: int, height: int, scale: list[float], ratio: list[float], kind: str, view: int, name: str
+) -> None:
+    spec = ViewSpec.model_validate({"kind": kind, "scale": scale, "ratio": ratio, "seed": 7})
+    (left, top, box_width, box_height), flip = draw(spec, name, view, width, height)
+    assert left >= 0
+    assert top >= 0
+    assert 1 <= box_width <= width - left
+    assert 1 <= box_height <= height - top
+    assert draw(spec, name, view, width, height) == ((left, top, box_width, box_height), flip)
+
+
+def test_a_view_is_a_pure_function_of_seed_id_and_view() -> None:
+    """Each of the three changes the box, and nothing else does."""
+    spec = parse_views("mae", seed=1)
+    box = draw(spec, "a", 0, 640, 480)
+    for name in "bcd":
+        draw(spec, name, 0, 640, 480)
+    assert draw(spec, "a", 0, 640, 480) == box
+    others = [draw(spec, "b", 0, 640, 480), draw(spec, "a", 1, 640, 480), draw(parse_views("mae", 2), "a", 0, 640, 480)]
+    assert all(other[0] != box[0] for other in others)
+
+
+def test_recorded_views_that_no_release_may_change() -> None:
+    """Boxes that stores of format 1 hold."""
+    assert draw(parse_views("mae"), "a.png", 0, 640, 480) == ((297, 80, 320, 357), True)
+    assert row_order(6, 0, 1).tolist() == [3, 0, 5, 1, 4, 2]
+
+
+def test_area_and_ratio_are_drawn_from_their_ranges() -> None:
+    """Where every box fits, areas are uniform and log-ratios uniform (4 sigma), up to rounding to pixels."""
+    spec = ViewSpec(scale=(0.2, 0.4), ratio=(0.8, 1.25))
+    boxes = np.array([draw(spec, str(i), 0, 1000, 1000)[0] for i in range(1000)], float)
+    area, ratio = boxes[:, 2] * boxes[:, 3] / 1e6, np.log(boxes[:, 2] / boxes[:, 3])
+    assert 0.198 < area.min() < 0.205 < 0.395 < area.max() < 0.402
+    assert abs(area.mean() - 0.3) < 4 * 0.2 / 12**0.5 / 1000**0.5
+    assert np.abs(ratio).max() < np.log(1.25) + 0.01
+    assert abs(ratio.mean()) < 4 * 2 * np.log(1.25) / 12**0.5 / 1000**0.5
+    free = 1000 - boxes[:, 2]
+    assert abs((boxes[:, 0] / free).mean() - 0.5) < 4 / 12**0.5 / 1000**0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_share_of_flips(share: float) -> None:
+    flips = np.array([draw(ViewSpec(flip=share), str(i), 0, 50, 50)[1] for i in range(1000)])
+    assert abs(flips.mean() - share) <= 5 * (share * (1 - share) / 1000) ** 0.5
+
+
+@pytest.mark.parametrize(("size", "box"), [((1000, 10), (495, 0, 10, 10)), ((10, 1000), (0, 495, 10, 10))])
+def test_a_box_that_never_fits_becomes_the_largest_centred_one(
+    size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    assert draw(ViewSpec(scale=(1, 1), ratio=(1, 1)), "a", 0, *size)[0] == box
+
+
+def test_center_box() -> None:
+    assert center_box(640, 480, 0.5) == (200, 120, 240, 240)
+    assert center_box(1, 1, 0.1) == (0, 0, 1, 1)
+    assert center_box(5, 9, 1.0) == (0, 2, 5, 5)
+
+
+@settings(max_examples=40)
+@given(data=st.data(), size=st.integers(1, 24), filter_=st.sampled_from(["bicubic", "bilinear", "lanczos", "nearest"]))
+def test_render_reads_the_box_alone(data: st.DataObject, size: int, filter_: str) -> None:
+    """Cropping by hand and resizing with Pillow gives the same pixels, and no pixel outside the box matters."""
+    width, height = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20))
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    box = (left, top, data.draw(st.integers(1, width - left)), data.draw(st.integers(1, height - top)))
+    image = noise(width, height)
+    inside = np.asarray(image)[top : top + box[3], left : left + box[2]]
+    expected = np.asarray(Image.fromarray(inside).resize((size, size), Image.Resampling[filter_.upper()]))
+    found = render(image, box, False, size, filter_)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(render(image, box, True, size, filter_), expected[:, ::-1])
+    other = np.asarray(noise(width, height, 1)).copy()
+    other[top : top + box[3], left : left + box[2]] = inside
+    np.testing.assert_array_equal(render(Image.fromarray(other), box, False, size, filter_), found)
+
+
+def test_an_image_of_one_pixel() -> None:
+    image = Image.new("RGB", (1, 1), (1, 2, 3))
+    box, flip = draw(parse_views("supervised"), "dot", 0, 1, 1)
+    assert box == (0, 0, 1, 1)
+    assert (render(image, box, flip, 4) == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 2, 2), (0, -1, 2, 2), (0, 0, 0, 2), (0, 0, 2, 0), (3, 0, 2, 2), (0, 3, 2, 2)])
+def test_a_box_outside_the_image_is_refused(box: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="does not lie inside the 4x4 image"):
+        render(noise(4, 4), box, False, 2)
+
+
+def test_presets_and_their_options() -> None:
+    assert parse_views("mae", 5) == PRESETS["mae"].model_copy(update={"seed": 5})
+    asked = parse_views("gentle?flip=0&scale=0.7,1", 2)
+    assert asked == PRESETS["gentle"].model_copy(update={"seed": 2, "flip": 0.0, "scale": (0.7, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mea", "unknown views 'mea'; did you mean 'mae'"),
+        ("zzz", "unknown views 'zzz'; choose from: center, gentle, mae, resize"),
+        ("mae?flop=1", r"views 'mae\?flop=1': unknown option 'flop'; did you mean 'flip'"),
+        ("mae?kind=resize", "unknown option 'kind'"),
+        ("mae?flip", r"views 'mae\?flip': flip: .*valid number"),
+        ("mae?scale=0.9,0.1", r"must satisfy 0 < low <= high <= 1"),
+        ("mae?flip=nan", "flip: Input should be"),
+    ],
+)
+def test_view_options_that_cannot_be_meant(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_views(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("scale", (0, 1), r"must satisfy 0 < low <= high <= 1"),
+        ("scale", (0.5, 0.2), r"must satisfy 0 < low <= high <= 1"),
+        ("scale", (0.5, 1.1), r"must satisfy 0 < low <= high <= 1"),
+        ("ratio", (2, 1), r"must satisfy 0.001 <= low <= high <= 1000"),
+        ("ratio", (1e-320, 1e308), r"must satisfy 0.001 <= low <= high <= 1000"),
+        ("flip", 1.5, "less than or equal to 1"),
+        ("fraction", 0, "greater than 0"),
+        ("scale", (float("nan"), 1), "finite number"),
+    ],
+)
+def test_specs_that_cannot_be_meant(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ViewSpec.model_validate({field: value})
+
+
+def test_row_order_is_a_permutation_of_its_own_for_each_view() -> None:
+    orders = [row_order(50, 3, view) for view in range(3)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(50))
+    assert len({tuple(order) for order in orders}) == 3
