@@ -21,9 +21,10 @@ quickstart: $(VENV)/.hdcache-quickstart ## extract, distill and evaluate a small
 	@$(BIN)/hdcache quickstart --out quickstart-out
 
 # A finding of lint or types hides no test result: all three run, and any of them fails the command.
+# Two test processes with as many threads each as there are cores would mostly wait for one another.
 test: $(VENV)/.hdcache-test ## lint, types, and the tests that take seconds
 	@failed=0; for step in lint types; do $(MAKE) --no-print-directory $$step || failed=1; done; \
-	$(BIN)/pytest -m "not slow" -n 2 || failed=1; exit $$failed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 || failed=1; exit $$failed
 
 slow: $(VENV)/.hdcache-test ## the tests that take minutes
 	@$(BIN)/pytest -m slow

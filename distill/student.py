@@ -59,6 +59,8 @@ def student_input(model: nn.Module) -> Preprocessing:
 
 def _fix_positions(model: Any) -> None:
     """Fixed 2-D sine-cosine position embedding (He et al. 2021; TinyMIM A7), zero for prefix tokens."""
+    if model.pos_embed is None:
+        raise UsageError("the student has no position embedding; set student.sincos_positions=false")
     grid = tuple(model.patch_embed.grid_size)
     table = sincos_positions(int(model.embed_dim), (int(grid[0]), int(grid[1])))
     embedding = torch.cat([table.new_zeros(model.pos_embed.shape[1] - len(table), table.shape[1]), table])

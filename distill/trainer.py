@@ -196,10 +196,9 @@ def one_step(
 def split(batch: Batch, pieces: int) -> Iterator[Batch]:
     """Consecutive pieces of a batch, of equal length where it divides."""
     length = len(batch.ids)
-    for number in range(min(pieces, length)):
+    pieces = min(pieces, length)
+    for number in range(pieces):
         part = slice(length * number // pieces, length * (number + 1) // pieces)
-        if part.stop == part.start:
-            continue
         targets = {
             teacher: {name: _cut(value, part) for name, value in values.items()}
             for teacher, values in batch.targets.items()

@@ -101,6 +101,7 @@ def _calibration_rows(store: Store, teacher: Teacher) -> int:
 
 def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threads: int) -> Tensor:
     found: list[Tensor] = []
+    reason = ""
     with ThreadPoolExecutor(threads, "calibrate") as pool:
         for shard in range(-(-store.card.dataset.count // store.card.rows_per_shard)):
             rows = shard_rows(store, 0, shard)
@@ -110,10 +111,13 @@ def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threa
                     lambda entry: decode_row(store, dataset, teacher.card.preprocessing, 0, *entry), part
                 ):
                     found += [torch.from_numpy(row.pixels)] if row.pixels is not None else []
+                    reason = reason or row.reason
                 if len(found) >= wanted:
                     return torch.stack(found[:wanted])
     if not found:
-        raise InputNotFound(f"{dataset.card.spec}: none of {store.card.dataset.count} images could be read")
+        raise InputNotFound(
+            f"{dataset.card.spec}: none of {store.card.dataset.count} images could be read; the first: {reason}"
+        )
     return torch.stack(found)
 
 

@@ -328,7 +328,7 @@ def _check_codecs(path: Path, codecs: Any) -> None:
             raise StoreCorrupt(
                 f"{path}: codec {name!r} is not one of the core codecs that stores use: {', '.join(sorted(_CODECS))}"
             )
-        inner = codec.get("configuration")
+        inner = codec["configuration"] if isinstance(codec, dict) and "configuration" in codec else None
         for key in ("codecs", "index_codecs"):
             if isinstance(inner, dict) and key in inner:
                 _check_codecs(path, inner[key])

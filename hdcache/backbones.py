@@ -228,7 +228,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> Non
     missing = sorted(key for key in own if key not in converted)
     unexpected = sorted(key for key in converted if key not in own)
     shapes = sorted(
-        f"{key} {tuple(converted[key].shape)} for {tuple(own[key].shape)}"
+        f"{key} {tuple(state.get(key, converted[key]).shape)} for {tuple(own[key].shape)}"
         for key in own
         if key in converted and converted[key].shape != own[key].shape
     )
@@ -323,7 +323,7 @@ def save_student(
         "hdcache": {"preprocessing": preprocessing.model_dump(mode="json"), "last_trained": last_trained, **about},
     }
     weights = folder / WEIGHTS_FILE
-    save_file(state, f"{weights}.partial", metadata={"format": "pt", "architecture": architecture})
+    save_file(state, f"{weights}.partial", metadata={"format": "pt"})  # two entries would come in random order
     os.replace(f"{weights}.partial", weights)
     partial = folder / f"{CONFIG_FILE}.partial"
     partial.write_text(json.dumps(config, indent=1, sort_keys=True))

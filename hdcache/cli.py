@@ -296,6 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: every error that hdcache raises on purpose becomes one line and its exit code."""
     from hdcache.errors import HdcacheError
 
+    # OpenMP's threads spin while they wait for each other. Beside decoding threads, or on a busy machine, that costs
+    # most of a CPU's speed; it must be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False) or 0)
     except click.ClickException as error:

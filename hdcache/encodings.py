@@ -206,7 +206,7 @@ def fit(asked: TapRequest, calibration: Tokens | Tensor, heldout: Tokens | Tenso
         if shape[2]:
             half: Any = {"fp32": "float32", "bf16": "uint16"}.get(kind, "float16")
             arrays["prefix"] = ArrayCard(shape=(shape[2], channels), dtype=half)
-    constant_cards = {name: ArrayCard(shape=value.shape, dtype=str(value.dtype)) for name, value in constants.items()}
+    constant_cards = {name: ArrayCard(shape=value.shape, dtype="float32") for name, value in constants.items()}
     blank = Certificate(
         calibration_rows=_rows(calibration),
         heldout_rows=_rows(heldout),

@@ -103,7 +103,7 @@ class Loader:
     dataset, views, ids, labels
         the samples, and how their views are drawn when ``store`` is None.
     store
-        replay its recorded views; needed for stored targets.
+        replay the views that it recorded for its teachers; needed for stored targets.
     stored, live
         where targets come from.
     num_views

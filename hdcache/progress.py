@@ -92,7 +92,8 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """``1536`` -> ``1.5 KB`` (powers of 1000)."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        shown = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
+        if abs(float(shown)) < 1000 or unit == "TB":
+            return f"{shown} {unit}"
         count /= 1000
     raise AssertionError

@@ -63,14 +63,19 @@ class StoredTargets:
 
 
 class LiveTargets:
-    """The same targets from the teacher itself, run on each batch (``--online``)."""
+    """The same targets from the teacher itself, run on each batch (``--online``).
 
-    def __init__(self, teacher: Teacher, targets: Sequence[str]) -> None:
+    ``held`` are the taps that a store has of this teacher: what can follow from them does so here too, because
+    under bfloat16 a target that is derived from another tap is rounded otherwise.
+    """
+
+    def __init__(self, teacher: Teacher, targets: Sequence[str], held: Sequence[str] = ()) -> None:
         self.teacher, self.name = teacher, teacher.name
-        depth = teacher.card.depth
-        taps = list(dict.fromkeys(sources(parse_tap(target, depth))[0] for target in targets))
-        plan = plan_targets(targets, taps, depth=depth, teacher=teacher.name, store="online")
-        arrays, facts = teacher.weights_for(taps)
+        plan: dict[str, str] = {}
+        for target in targets:
+            options = sources(parse_tap(target, teacher.card.depth))
+            plan[target] = next((tap for tap in options if tap in held), options[0])
+        arrays, facts = teacher.weights_for(list(dict.fromkeys(plan.values())))
         weights = {name: torch.from_numpy(value).to(teacher.device) for name, value in arrays.items()}
         self.derivation: Derivation = derivation(plan, facts, weights)
 
@@ -130,7 +135,12 @@ def open_targets(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[list[StoredTargets], list[LiveTargets]]:
     """Targets by teacher name: live for the teachers in ``live``, from ``store`` for all others."""
-    running = {name: LiveTargets(teacher, wanted[name]) for name, teacher in (live or {}).items() if name in wanted}
+    known = store.teachers() if store is not None else []
+    running = {
+        name: LiveTargets(teacher, wanted[name], list(store.teacher(name).taps) if store and name in known else ())
+        for name, teacher in (live or {}).items()
+        if name in wanted
+    }
     where = device or torch.device("cpu")
     stored = []
     for name, targets in wanted.items():

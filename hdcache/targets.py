@@ -120,7 +120,7 @@ def sources(target: TapName) -> list[str]:
         # A stored matrix is exact for its own head count, but many times larger than what it follows from.
         return [f"{block}.attn_in", f"{block}.qkv", target.name]
     if target.what == "qkv":
-        return [target.name, f"{block}.attn_in"]
+        return [f"{block}.attn_in", target.name]
     return [target.name]
 
 

@@ -159,7 +159,8 @@ def _card(backbone: Backbone, precision: str) -> TeacherCard:
         class_token=bool(model.has_class_token),
         width=int(model.embed_dim),
         depth=len(model.blocks),
-        heads=int(model.blocks[0].attn.num_heads),
+        # A block with parallel branches has no ``attn`` of its own.
+        heads=next(int(part.num_heads) for part in model.blocks[0].modules() if hasattr(part, "num_heads")),
         precision=precision,  # type: ignore[arg-type]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 
 from hdcache.arrays import ShardWriter, durable_write, group_metadata, write_constant
@@ -31,6 +34,9 @@ from hdcache.schema import (
 )
 from hdcache.store import Store
 from hdcache.taps import Tokens
+
+if TYPE_CHECKING:
+    from hdcache.distill.settings import Recipe
 
 ROWS, SHARD, CHUNK = 20, 8, 4
 IDS = tuple(sorted(f"a/ünï {row:02d}.png" for row in range(ROWS)))
@@ -222,3 +228,43 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, make_npz: Callable[...,
     settings = {"encoding": "fp32", "precision": "fp32", "device": "cpu", "batch": 8, "rows_per_shard": 16}
     extract(data, store=root / "store", teachers=[f"t={TINY}"], taps=taps, num_views=2, threads=2, **settings)
     return root / "store"
+
+
+@pytest.fixture(scope="session")
+def small_recipe() -> Callable[..., Recipe]:
+    """TinyMIM's relations for ``tiny_store``, 2 epochs of 4 steps, with jitter and drop path; fields may be changed."""
+    from hdcache.distill.recipes import get_recipe
+
+    student = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    fixed = {"student.arguments": student, "student.drop_path": 0.2, "epochs": 2, "batch_size": 16, "warmup_epochs": 1}
+
+    def make(name: str = "tinymim-tiny", **changes: object) -> Recipe:
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        return get_recipe(name, {**fixed, "log_every": 1, **dotted})
+
+    return make
+
+
+@st.composite
+def _mutations(draw: st.DrawFn, whole: bytes) -> bytes:
+    """``whole`` with one JSON value replaced or dropped, or with a byte changed."""
+    if draw(st.integers(0, 3)) == 0:
+        place = draw(st.integers(0, len(whole) - 1))
+        return whole[:place] + bytes([draw(st.integers(0, 255))]) + whole[place + 1 :]
+    value: Any = {"": json.loads(whole)}
+    inside, key = value, ""
+    while isinstance(inside[key], dict | list) and inside[key] and draw(st.integers(0, 4)):
+        inside = inside[key]
+        key = draw(st.sampled_from(sorted(inside) if isinstance(inside, dict) else range(len(inside))))
+    if key == "" or draw(st.booleans()):
+        other = [None, True, -1, 0, 1, 2, 10**13, 1.5, "", "x", "\ud800", "../x", [], {}, [[]], {"a": 1}, float("nan")]
+        inside[key] = draw(st.sampled_from(other))
+    else:
+        del inside[key]
+    return json.dumps(value[""]).encode()
+
+
+@pytest.fixture(scope="session")
+def mutations() -> Callable[[bytes], st.SearchStrategy[bytes]]:
+    """A strategy for what a JSON record may have become: one value replaced or dropped, or one byte changed."""
+    return _mutations

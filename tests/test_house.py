@@ -47,6 +47,7 @@ LAYERS = [
     ["__init__"],
     ["quickstart"],
     ["cli"],
+    ["__main__"],
 ]
 
 # The core files that know the rooms; True where the room must be imported inside a function.
@@ -60,6 +61,7 @@ WITHOUT_TORCH = ("errors", "schema", "draws", "datasets", "views", "samples", "a
 
 # Source files without a test file of their own.
 NO_OWN_TEST = {
+    "hdcache/__main__.py": "one call; test_cli.py runs python -m hdcache",
     "hdcache/errors.py": "each class is matched where it is raised, in the tests of the files that raise it",
     "hdcache/dataset_specs.py": "every spec and its messages are seen through open_dataset, in test_datasets.py",
     "hdcache/dataset_rows.py": "ids, labels and fingerprints are seen through open_dataset, in test_datasets.py",

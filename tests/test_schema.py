@@ -222,7 +222,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
     ],
 )
 def test_a_tap_whose_arrays_do_not_fit_its_encoding(path: str, value: object) -> None:
-    with pytest.raises(StoreCorrupt, match="arrays and constants are not those of a .* tap"):
+    with pytest.raises(StoreCorrupt, match=r"arrays and constants are not those of a .* tap"):
         TapCard.parse(changed(path, value), "x")
 
 

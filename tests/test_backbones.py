@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import ssl
+import time
+import urllib.error
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hdcache.backbones import create_vit, load_backbone, normalize, parse_spec, save_student, weights_digest
+from hdcache.errors import InputNotFound, UsageError
+from hdcache.schema import Preprocessing
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+OPTIONS = "&".join(f"{key}={value}" for key, value in SMALL.items())
+
+
+def vit(seed: int = 0, **arguments: Any) -> Any:
+    return create_vit(ARCHITECTURE, SMALL | {"num_classes": 0} | arguments, seed=seed).eval()
+
+
+def pictures(side: int = 16) -> Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def features(model: Any, side: int = 16) -> Tensor:
+    with torch.no_grad():
+        return model.forward_features(pictures(side))  # type: ignore[no-any-return]
+
+
+def load(path: Path, more: str = "", **keywords: Any) -> Any:
+    return load_backbone(f"timm:{ARCHITECTURE}?{OPTIONS}{more}&checkpoint={path}", **keywords)
+
+
+def write(path: Path, state: Any) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+# Specs
+
+
+@given(
+    kind=st.sampled_from(["timm", "random"]),
+    options=st.dictionaries(
+        st.text("abcdefghij_", min_size=1, max_size=8),
+        st.integers() | st.booleans() | st.text(max_size=12).filter(lambda text: not _is_json(text)),
+        max_size=4,
+    ),
+)
+def test_options_come_back_as_written(kind: str, options: dict[str, Any]) -> None:
+    """Numbers and booleans are parsed, anything else stays text; '%', '&' and '#' survive when percent-encoded."""
+    words = {True: "true", False: "false"}
+    query = "&".join(
+        f"{key}={words[value] if isinstance(value, bool) else quote(str(value), safe='')}"
+        for key, value in options.items()
+    )
+    assert parse_spec(f"{kind}:{ARCHITECTURE}" + (f"?{query}" if query else "")) == (kind, ARCHITECTURE, options)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_path_in_an_option_is_taken_as_it_is() -> None:
+    """A plus sign or an equals sign in a file name means itself."""
+    assert parse_spec(f"{ARCHITECTURE}?checkpoint=/a/b+c=d.pth")[2] == {"checkpoint": "/a/b+c=d.pth"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("jax:vit", "unknown model spec 'jax:vit': expected timm:NAME, random:NAME, a timm name or a student folder"),
+        ("random:vit_tiny_patch16_223", "unknown model 'vit_tiny_patch16_223'; did you mean 'vit_tiny_patch16_224'"),
+        ("random:zzz", r"unknown model 'zzz'; timm.list_models\('vit\*'\) lists what can be tapped"),
+        (f"{ARCHITECTURE}.augreg", f"unknown weights '{ARCHITECTURE}.augreg'; did you mean 'augreg_in21k'"),
+        (f"{ARCHITECTURE}.zzz", "unknown weights .*; choose from: augreg_in21k, augreg_in21k_ft_in1k"),
+        (f"random:{ARCHITECTURE}?depth", "options after '\\?' must be key=value joined by '&', each key once"),
+        (f"random:{ARCHITECTURE}?depth=1&depth=2", "must be key=value joined by '&', each key once"),
+        (f"random:{ARCHITECTURE}?seed=x", "seed 'x' must be an integer from 0 to"),
+        (f"random:{ARCHITECTURE}?seed=-1", "seed -1 must be an integer from 0 to"),
+        (f"random:{ARCHITECTURE}?heads=3", "unexpected keyword argument 'heads'"),
+        (f"random:{ARCHITECTURE}?num_heads=5", "{'num_heads': 5, 'num_classes': 0}: dim should be divisible"),
+        (f"random:{ARCHITECTURE}?num_heads=0", "with {'num_heads': 0.*: integer modulo by zero"),
+        (f"random:{ARCHITECTURE}?depth=0", "depth must be at least 1"),
+        (f"random:{ARCHITECTURE}?embed_dim=-3", "with {'embed_dim': -3.*negative dimension"),
+        (f"random:{ARCHITECTURE}?act_layer=zzz", "with {'act_layer': 'zzz'.*: no 'zzz'"),
+        (f"random:{ARCHITECTURE}?in_chans=1", "in_chans 1; images have 3 channels, leave it out"),
+        (
+            f"random:{ARCHITECTURE}?img_size=[16,32]",
+            "input of 16x32 pixels; only square inputs are supported, give img",
+        ),
+        ("random:swin_tiny_patch4_window7_224", "SwinTransformer is not a plain timm VisionTransformer"),
+        ("random:resnet18", "ResNet is not a plain timm VisionTransformer"),
+    ],
+)
+def test_a_spec_that_cannot_be_meant_is_refused(spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_backbone(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["runs/none", "./weights.pth", "timm:/a/b.safetensors"])
+def test_a_path_without_a_student_says_how_to_name_a_checkpoint(spec: str) -> None:
+    with pytest.raises(
+        InputNotFound, match=r"no student folder there \(no config.json\); .* say timm:NAME\?checkpoint="
+    ):
+        load_backbone(spec)
+
+
+# Untrained networks
+
+
+def test_random_weights_are_a_function_of_the_seed() -> None:
+    """Equal seeds, equal weights; torch's global generator neither matters nor moves."""
+    torch.manual_seed(1)
+    first = load_backbone(f"random:{ARCHITECTURE}?{OPTIONS}&seed=7")
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(1)))
+    again = load_backbone(f"random:{ARCHITECTURE}?{OPTIONS}&seed=7")
+    other = load_backbone(f"random:{ARCHITECTURE}?{OPTIONS}")
+    assert first.weights == again.weights == weights_digest(vit(7))
+    assert first.weights != other.weights == weights_digest(vit(0))
+    assert first.arguments == SMALL | {"num_classes": 0}
+
+
+def test_a_backbone_is_frozen_and_knows_its_input() -> None:
+    found = load_backbone(f"random:{ARCHITECTURE}?{OPTIONS}", img_size=24)
+    assert not found.model.training
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+    assert found.preprocessing == Preprocessing(size=24, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert (found.architecture, found.arguments["img_size"], found.last_trained) == (ARCHITECTURE, 24, "final")
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_a_checkpoint_is_loaded_exactly(tmp_path: Path, suffix: str) -> None:
+    model = vit(3)
+    found = load(write(tmp_path / f"w+x{suffix}", model.state_dict()))
+    assert found.weights == weights_digest(model)
+    assert torch.equal(features(found.model), features(model))
+
+
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model_ema",), ("model", "state_dict")])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod.", "backbone."])
+def test_wrapped_and_prefixed_checkpoints_are_unwrapped(tmp_path: Path, wrappers: tuple[str, ...], prefix: str) -> None:
+    state: Any = {prefix + key: value for key, value in vit(3).state_dict().items()}
+    for wrapper in reversed(wrappers):
+        state = {wrapper: state, "epoch": 3, "optimizer": {}}
+    assert load(write(tmp_path / "w.pth", state)).weights == weights_digest(vit(3))
+
+
+def test_averaged_weights_win_over_the_others(tmp_path: Path) -> None:
+    state = {"state_dict": vit(1).state_dict(), "state_dict_ema": vit(2).state_dict()}
+    assert load(write(tmp_path / "w.pth", state)).weights == weights_digest(vit(2))
+
+
+def _missing(state: dict[str, Tensor]) -> None:
+    for key in [key for key in state if key.startswith("blocks.1.")]:
+        del state[key]
+
+
+def _unexpected(state: dict[str, Tensor]) -> None:
+    state["blocks.0.extra"] = torch.zeros(1)
+
+
+def _misshapen(state: dict[str, Tensor]) -> None:
+    state["norm.weight"] = torch.zeros(25)
+
+
+def _positions(state: dict[str, Tensor]) -> None:
+    state["pos_embed"] = torch.zeros(1, 8, 24)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_missing, r"missing: blocks.1.attn.proj.bias, .* and 7 more\); give the architecture and options"),
+        (_unexpected, r"does not fit VisionTransformer \(unexpected: blocks.0.extra\)"),
+        (_misshapen, r"\(wrong shape: norm.weight \(25,\) for \(24,\)\)"),
+        (_positions, r"\(wrong shape: pos_embed \(1, 8, 24\) for \(1, 17, 24\)\)"),
+    ],
+)
+def test_keys_that_do_not_fit_are_listed(tmp_path: Path, spoil: Any, message: str) -> None:
+    state = dict(vit().state_dict())
+    spoil(state)
+    path = write(tmp_path / "w.safetensors", state)
+    with pytest.raises(UsageError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_classifier_is_left_out_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """Its size comes from the checkpoint; a checkpoint without one never gets a random one."""
+    path = write(tmp_path / "w.pth", vit(3, num_classes=7).state_dict())
+    assert load(path).model.num_classes == 0
+    assert torch.equal(features(load(path).model), features(vit(3, num_classes=7)))
+    kept = load(path, classifier=True)
+    assert kept.model.head.weight.shape == (7, 24)
+    assert kept.model.num_classes == 7
+    without = load(write(tmp_path / "b.pth", vit(3).state_dict()), classifier=True)
+    assert without.model.num_classes == 0
+
+
+def test_half_a_classifier_is_refused(tmp_path: Path) -> None:
+    state = vit(3, num_classes=7).state_dict()
+    del state["head.bias"]
+    with pytest.raises(UsageError, match=r"missing: head.bias"):
+        load(write(tmp_path / "w.pth", state), classifier=True)
+
+
+def test_the_digest_sees_a_classifier_that_is_kept(tmp_path: Path) -> None:
+    """Logits of two heads on one backbone are different values, so the two networks have different digests."""
+    digests = set()
+    for number in range(2):
+        state = vit(3, num_classes=7).state_dict()
+        state["head.bias"] = torch.full((7,), float(number))
+        path = write(tmp_path / f"{number}.pth", state)
+        digests |= {load(path).weights, load(path, classifier=True).weights}
+    assert len(digests) == 3
+
+
+def test_position_embeddings_are_resampled_for_another_size(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", vit(3).state_dict())
+    found = load(path, img_size=24)
+    twin = vit(3)
+    twin.set_input_size(img_size=(24, 24))
+    assert found.preprocessing.size == 24
+    torch.testing.assert_close(features(found.model, 24), features(twin, 24))
+
+
+class Anything:
+    """Not a tensor."""
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"), ({"args": Anything()}, ".*Anything")],
+)
+def test_a_pickle_that_holds_objects_is_refused_and_named(tmp_path: Path, made: Any, found: str) -> None:
+    path = write(tmp_path / "w.pth", made | {"model": vit().state_dict()})
+    with pytest.raises(
+        UsageError, match=rf"w.pth: refused, it holds more than tensors \({found}\).* save its state_dict"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("state", [[1], {"a": 1}, {"epoch": 3, "weights": {"deep": {"er": torch.zeros(1)}}}])
+def test_a_checkpoint_that_is_no_state_dict_is_refused(tmp_path: Path, state: Any) -> None:
+    with pytest.raises(UsageError, match="expected a mapping from parameter names to tensors"):
+        load(write(tmp_path / "w.pth", state))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("keep", [0, 5, 300, 5000])
+def test_a_truncated_checkpoint_is_not_readable(tmp_path: Path, suffix: str, keep: int) -> None:
+    path = write(tmp_path / f"w{suffix}", vit().state_dict())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputNotFound, match=r"not a readable checkpoint \(.+\); fetch it again") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"hello world this is not", b"\x80\x02xxx"])
+def test_a_file_of_something_else_is_not_readable(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(InputNotFound, match=r"w\.pth: not a readable checkpoint"):
+        load(tmp_path / "w.pth")
+
+
+def test_a_missing_checkpoint_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFound, match=r"none\.pth: no such checkpoint"):
+        load(tmp_path / "none.pth")
+
+
+# The hub
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """A hub that no connection reaches; counts the attempts."""
+    tried: Counter[str] = Counter()
+
+    def refuse(url: Any, **_: Any) -> Any:
+        tried[str(url)] += 1
+        raise urllib.error.URLError(ConnectionRefusedError(111, "Connection refused"))
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return tried
+
+
+def test_an_unreachable_hub_is_one_line_at_once(
+    unreachable: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One attempt, no retries, nothing on the terminal but the error; and the hub's settings are as before."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    started = time.monotonic()
+    with pytest.raises(
+        InputNotFound, match=rf"weights of {ARCHITECTURE}\S* could not be fetched .*\?checkpoint=FILE"
+    ) as caught:
+        load_backbone(f"{ARCHITECTURE}.augreg_in21k")
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(caught.value)
+    assert list(unreachable.values()) == [1]
+    assert capfd.readouterr() == ("", "")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("answer", ["http-error", "certificate", "fine"])
+def test_a_hub_that_answers_is_left_to_its_own_client(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal by the server, or a certificate that only the hub's client knows, does not mean "no network"."""
+
+    def respond(*_: Any, **__: Any) -> Any:
+        if answer == "http-error":
+            raise urllib.error.HTTPError("https://hub", 403, "no", None, io.BytesIO())  # type: ignore[arg-type]
+        if answer == "certificate":
+            raise urllib.error.URLError(ssl.SSLCertVerificationError("own authority"))
+        return io.BytesIO()
+
+    def create(*_: Any, **__: Any) -> nn.Module:
+        seen.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+        return model
+
+    seen: list[bool] = []
+    model: nn.Module = vit()
+    monkeypatch.setattr("urllib.request.urlopen", respond)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(timm, "create_model", create)
+    create_vit(ARCHITECTURE, {}, pretrained=True)
+    assert seen == [False]
+
+
+# Students
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2, "qk_norm": True}]
+)
+def test_a_student_comes_back_through_us_and_through_timm(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """The file holds exactly timm's keys; both ways of loading give the same features."""
+    model = create_vit(ARCHITECTURE, SMALL | {"num_classes": 5} | arguments, seed=4).eval()
+    shown = Preprocessing(size=16, mean=(0.1, 0.2, 0.3), interpolation="bilinear")
+    made = SMALL | {"num_classes": 5} | arguments
+    save_student(tmp_path / "run", model, ARCHITECTURE, made, shown, "block1.out", {"recipe": "r"})
+    found = load_backbone(str(tmp_path / "run"))
+    assert (found.preprocessing, found.last_trained, found.architecture) == (shown, "block1.out", ARCHITECTURE)
+    torch.testing.assert_close(features(found.model), features(model), rtol=1e-6, atol=1e-6)
+    twin = timm.create_model(
+        ARCHITECTURE, num_classes=0, checkpoint_path=str(tmp_path / "run/student.safetensors"), **(SMALL | arguments)
+    )
+    torch.testing.assert_close(features(twin.eval()), features(model), rtol=1e-6, atol=1e-6)
+    assert load_file(tmp_path / "run/student.safetensors").keys() == twin.state_dict().keys()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "student.safetensors"]
+
+
+def test_a_student_can_be_read_at_another_size(tmp_path: Path) -> None:
+    save_student(tmp_path / "run", vit(4), ARCHITECTURE, SMALL, Preprocessing(size=16), "final", {})
+    found = load_backbone(str(tmp_path / "run"), img_size=24)
+    twin = vit(4)
+    twin.set_input_size(img_size=(24, 24))
+    assert (found.preprocessing.size, found.arguments["img_size"]) == (24, 24)
+    torch.testing.assert_close(features(found.model, 24), features(twin, 24))
+
+
+@pytest.mark.parametrize("config", ["{}", "[]", "nonsense", '{"architecture": "x", "model_args": {}, "hdcache": {}}'])
+def test_a_folder_with_another_config_is_no_student(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputNotFound, match=r"config.json: not a student that hdcache wrote"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_student_without_its_weights_is_not_found(tmp_path: Path) -> None:
+    save_student(tmp_path, vit(), ARCHITECTURE, SMALL, Preprocessing(size=16), "final", {})
+    (tmp_path / "student.safetensors").unlink()
+    with pytest.raises(InputNotFound, match=r"student\.safetensors: no such checkpoint"):
+        load_backbone(str(tmp_path))
+
+
+# Digest and pixels
+
+
+def test_the_digest_depends_on_the_weights_alone() -> None:
+    """Memory layout, width of the floats and order of registration do not matter; one weight does."""
+    model = vit(5)
+    digest = weights_digest(model)
+    assert weights_digest(vit(5).double()) == digest
+    assert weights_digest(vit(5).to(memory_format=torch.channels_last)) == digest
+    for name in list(model._modules)[::-1]:
+        model._modules[name] = model._modules.pop(name)
+    assert weights_digest(model) == digest
+    with torch.no_grad():
+        model.blocks[1].norm2.bias[3] += 1e-6
+    assert weights_digest(model) != digest
+
+
+def test_normalize_is_the_same_for_bytes_and_floats() -> None:
+    how = Preprocessing(size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    pixels = torch.arange(96, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    found = normalize(pixels, how)
+    assert torch.equal(found, normalize(pixels.float() / 255, how))
+    assert found[1, 2, 3, 3].item() == pytest.approx((95 / 255 - 0.3) / 1.0)
+    assert found[0, 1, 0, 0].item() == pytest.approx((16 / 255 - 0.2) / 0.25)

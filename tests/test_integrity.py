@@ -1,0 +1,338 @@
+"""Receipts, seals and verification: what is complete is known, and what is damaged is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hdcache.arrays import ArrayReader
+from hdcache.errors import HdcacheError, StoreCorrupt
+from hdcache.integrity import Ledger, teacher_ledger, verify, view_ledger
+from hdcache.schema import Receipt, StoredObject, canonical_json
+from hdcache.store import Store
+
+ROWS = "teachers/t/views/0"
+SHARD = f"{ROWS}/final/values/c.1.0.0"
+SEAL: dict[str, Any] = {"teacher": "", "identity": "", "view": 0}
+
+
+def receipts(ledger: Ledger) -> list[Receipt]:
+    return [receipt for shard in range(3) if (receipt := ledger.receipt(shard)) is not None]
+
+
+def faults(root: Path, *, quick: bool = False) -> str:
+    return "\n".join(verify(Store.open(root), quick=quick).faults)
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    value = json.loads(path.read_bytes())
+    change(value)
+    path.write_bytes(canonical_json(value))
+
+
+# Receipts
+
+
+def test_a_receipt_holds_while_its_objects_do(sealed_store: Path) -> None:
+    """Whole: the receipt. An object gone or of another size: None, so the shard is written again."""
+    ledger = teacher_ledger(Store.open(sealed_store), "t", 0)
+    assert ledger.receipt(1) == Receipt.parse(json.loads((ledger.folder / "receipts/1.json").read_bytes()), "")
+    assert ledger.receipt(3) is None
+    path = sealed_store / SHARD
+    data = path.read_bytes()
+    for damage in (path.unlink, lambda: path.write_bytes(data[:-1]), lambda: path.write_bytes(b"")):
+        damage()
+        assert ledger.receipt(1) is None
+        assert ledger.receipt(0) is not None
+        path.write_bytes(data)
+        assert ledger.receipt(1) is not None
+
+
+def test_a_receipt_of_another_shard_is_refused(sealed_store: Path) -> None:
+    ledger = teacher_ledger(Store.open(sealed_store), "t", 0)
+    shutil.copy(ledger.folder / "receipts/0.json", ledger.folder / "receipts/1.json")
+    with pytest.raises(StoreCorrupt, match=r"1\.json: the receipt of shard 0; delete it and rerun"):
+        ledger.receipt(1)
+
+
+def test_a_receipt_that_is_no_record(sealed_store: Path) -> None:
+    ledger = teacher_ledger(Store.open(sealed_store), "t", 0)
+    (ledger.folder / "receipts/1.json").write_text("{")
+    with pytest.raises(StoreCorrupt, match=r"1\.json: not valid JSON"):
+        ledger.receipt(1)
+
+
+# The seal
+
+
+Mutations = Callable[[bytes], st.SearchStrategy[bytes]]
+
+
+def ledger_of(root: Path, *spans: tuple[int, int]) -> tuple[Ledger, list[Receipt]]:
+    listed = {f"x/c.{i}": StoredObject(size=i, sha256="0" * 64) for i in range(len(spans))}
+    made = [
+        Receipt(shard=i, rows=span, objects={key: listed[key]}, failed={span[0]: f"bad {i}"}, saturated=i)
+        for i, (span, key) in enumerate(zip(spans, listed, strict=True))
+    ]
+    return Ledger(root, "views/0"), made
+
+
+def test_a_seal_adds_up_its_receipts_in_any_order(tmp_path: Path) -> None:
+    ledger, made = ledger_of(tmp_path, (0, 4), (4, 8), (8, 9))
+    static = {"views/0/zarr.json": StoredObject(size=1, sha256="1" * 64)}
+    sealed = ledger.seal(made[::-1], static, rows=9, **SEAL)
+    assert ledger.sealed
+    assert ledger.manifest() == sealed
+    assert list(sealed.objects) == ["views/0/x/c.0", "views/0/x/c.1", "views/0/x/c.2", "views/0/zarr.json"]
+    assert sealed.failed == {0: "bad 0", 4: "bad 1", 8: "bad 2"}
+    assert sealed.saturated == 3
+
+
+def test_sealing_twice_is_sealing_once(tmp_path: Path) -> None:
+    """An equal seal leaves the file alone; another one is refused and leaves it alone too."""
+    ledger, made = ledger_of(tmp_path, (0, 4), (4, 8))
+    first = ledger.seal(made, {}, rows=8, **SEAL)
+    before = (ledger.folder / "manifest.json").stat().st_mtime_ns
+    assert ledger.seal(made, {}, rows=8, **SEAL) == first
+    with pytest.raises(StoreCorrupt, match=r"manifest\.json: already sealed with other content; run 'hdcache verify'"):
+        ledger.seal(made, {}, rows=8, **{**SEAL, "view": 1})
+    assert (ledger.folder / "manifest.json").stat().st_mtime_ns == before
+    assert ledger.manifest() == first
+
+
+@pytest.mark.parametrize(
+    ("spans", "covered"),
+    [
+        ([(0, 4)], 4),
+        ([(4, 8)], 0),
+        ([], 0),
+        ([(0, 4), (0, 4)], 4),
+        ([(0, 4), (2, 6)], 4),
+        ([(0, 3), (4, 9)], 3),
+        ([(0, 4), (4, 9)], 9),
+    ],
+)
+def test_receipts_that_do_not_cover_the_rows(spans: list[tuple[int, int]], covered: int, tmp_path: Path) -> None:
+    """Gaps, overlaps and repeats are not rows, even where their lengths add up to 8."""
+    ledger, made = ledger_of(tmp_path, *spans)
+    with pytest.raises(StoreCorrupt, match=f"receipts cover {covered} of 8 rows; run the same 'hdcache extract' again"):
+        ledger.seal(made, {}, rows=8, **SEAL)
+    assert not ledger.sealed
+
+
+def test_a_seal_can_be_withdrawn(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    ledger = teacher_ledger(store, "t", 0)
+    sealed = ledger.manifest()
+    ledger.unseal()
+    ledger.unseal()
+    assert not ledger.sealed
+    assert store.views("t") == []
+    assert verify(store).unsealed == [ROWS]
+    static = {k: v for k, v in sealed.objects.items() if not k.startswith(ROWS) or k.endswith("zarr.json")}
+    again = ledger.seal(receipts(ledger), static, teacher="t", identity=sealed.identity, view=0, rows=20)
+    assert again == sealed
+
+
+def test_a_seal_covers_the_records_it_rests_on(sealed_store: Path) -> None:
+    """Nothing that a reader believes is without a sha256, except the manifest, whose digest is the store's identity."""
+    listed = teacher_ledger(Store.open(sealed_store), "t", 0).manifest().objects.keys()
+    listed |= view_ledger(Store.open(sealed_store), 0).manifest().objects.keys()
+    files = {path.relative_to(sealed_store).as_posix() for path in sealed_store.rglob("*") if path.is_file()}
+    samples = {key for key in files if key.startswith("samples/")}
+    groups = {"views/zarr.json", "teachers/zarr.json"}
+    assert files - listed - samples - groups == {
+        *(f"{key}/manifest.json" for key in (ROWS, "views/0")),
+        *(f"{key}/receipts/{n}.json" for key in (ROWS, "views/0") for n in range(3)),
+    }
+    assert {"zarr.json", "samples/receipt.json", "teachers/t/zarr.json"} <= listed
+
+
+# Verification
+
+
+def test_a_good_store(sealed_store: Path) -> None:
+    """Every listed object is met once, its bytes are counted, and progress adds up to them."""
+    store = Store.open(sealed_store)
+    steps: list[int] = []
+    found = verify(store, progress=steps.append)
+    assert found.good
+    assert (found.faults, found.unsealed, found.unlisted) == ([], [], [])
+    assert found.objects == len(steps)
+    assert found.bytes == sum(steps) > 0
+    assert verify(store, quick=True) == found
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
+    "deleted": (Path.unlink, r": missing, expected \d+ bytes", True),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), r": \d+ bytes, expected \d+", True),
+    "empty": (lambda p: p.write_bytes(b""), ": 0 bytes, expected", True),
+    "flipped": (flip, r": sha256 .*\.\.\., expected", False),
+    "swapped": (lambda p: shutil.copy(p.with_name("c.0.0.0"), p), r": sha256 .*\.\.\., expected", False),
+    "foreign": (lambda p: p.write_bytes(bytes(p.stat().st_size)), r": sha256 .*\.\.\., expected", False),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), ": missing", True),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_every_damage_is_named(name: str, sealed_store: Path) -> None:
+    """The full check finds each and nothing else; the quick one finds what changes a size."""
+    damage, message, by_size = DAMAGE[name]
+    damage(sealed_store / SHARD)
+    store = Store.open(sealed_store)
+    (fault,) = verify(store).faults
+    assert fault.startswith(str(sealed_store / SHARD))
+    assert re.search(message, fault)
+    assert (not verify(store, quick=True).good) == by_size
+
+
+def test_each_listed_object_is_checked(sealed_store: Path) -> None:
+    """One flipped bit in any file of the store at all is found; receipts and manifests by comparing them."""
+    files = [path for path in sorted(sealed_store.rglob("*")) if path.is_file()]
+    groups = {"samples/zarr.json", "views/zarr.json", "teachers/zarr.json"}
+    missed = []
+    for path in files:
+        data = path.read_bytes()
+        if path.relative_to(sealed_store).as_posix() in groups:
+            continue
+        flip(path)
+        try:
+            good = verify(Store.open(sealed_store)).good
+        except HdcacheError:
+            good = False
+        path.write_bytes(data)
+        missed += [path] if good else []
+    assert missed == []
+    assert verify(Store.open(sealed_store)).good
+
+
+def test_leftovers_are_listed_and_harmless(sealed_store: Path) -> None:
+    (sealed_store / ROWS / "final" / ".c.0.0.0.77.partial").write_bytes(b"x")
+    (sealed_store / "notes.txt").write_text("mine")
+    (sealed_store / ".t.lock").write_text("")
+    found = verify(Store.open(sealed_store))
+    assert found.good
+    assert sorted(found.unlisted) == ["notes.txt", f"{ROWS}/final/.c.0.0.0.77.partial"]
+
+
+def test_a_ledger_without_its_group_record_is_still_checked(sealed_store: Path) -> None:
+    (sealed_store / ROWS / "zarr.json").unlink()
+    assert f"{ROWS}/zarr.json: missing" in faults(sealed_store)
+
+
+def test_an_unsealed_ledger_is_checked_by_its_receipts(sealed_store: Path) -> None:
+    (sealed_store / ROWS / "manifest.json").unlink()
+    flip(sealed_store / SHARD)
+    found = verify(Store.open(sealed_store))
+    assert found.unsealed == [ROWS]
+    assert SHARD in "".join(found.faults)
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        (f"{ROWS}/manifest.json", lambda m: m["failed"].update({"3": "x"}), "failed rows or saturated values differ"),
+        (f"{ROWS}/manifest.json", lambda m: m.update(saturated=1), "failed rows or saturated values differ"),
+        (f"{ROWS}/manifest.json", lambda m: m.update(rows=19), "19 rows, the store has 20 samples"),
+        (f"{ROWS}/manifest.json", lambda m: m.update(view=1), "manifest.json: the seal of t/1"),
+        (f"{ROWS}/manifest.json", lambda m: m.update(teacher="u"), "manifest.json: the seal of u/0"),
+        (f"{ROWS}/manifest.json", lambda m: m.update(identity="0"), "seals another identity"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(SHARD), f"the receipt of {SHARD} differs"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"][SHARD].update(size=1), f"the receipt of {SHARD} differs"),
+        (f"{ROWS}/manifest.json", lambda m: m.update(extra=1), "extra: Extra inputs are not permitted"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"].update({"../x": m["objects"][SHARD]}), "unsafe object key"),
+        (f"{ROWS}/receipts/1.json", lambda m: m.update(shard=2), "1.json: the receipt of shard 2"),
+        (f"{ROWS}/receipts/1.json", lambda m: m.update(failed={"9": "x"}), "failed rows or saturated values differ"),
+        (f"{ROWS}/receipts/1.json", lambda m: m.update(rows="x"), "1.json: rows: "),
+        ("teachers/t/zarr.json", lambda m: m["attributes"]["hdcache"].update(dataset="0"), "made for other data or views"),
+        ("teachers/t/zarr.json", lambda m: m["attributes"]["hdcache"]["views"].update(seed=9), "made for other data"),
+        ("teachers/t/zarr.json", lambda m: m["attributes"]["hdcache"].update(licence="x"), "zarr.json: "),
+        ("teachers/t/zarr.json", lambda m: m["attributes"].clear(), "record: "),
+        ("zarr.json", lambda m: m["attributes"]["hdcache"]["views"].update(seed=9), "made for other data or views"),
+        ("zarr.json", lambda m: m["attributes"]["hdcache"]["dataset"].update(classes=["b", "a"]), "sha256"),
+        ("samples/receipt.json", lambda m: m.update(objects=[]), "receipt.json: objects: "),
+    ],
+)  # fmt: skip
+def test_changed_records_are_named(path: str, change: Callable[[Any], None], message: str, sealed_store: Path) -> None:
+    edit(sealed_store / path, change)
+    found = faults(sealed_store)
+    assert message in found
+
+
+def test_missing_records_are_named(sealed_store: Path) -> None:
+    (sealed_store / "samples/receipt.json").unlink()
+    (sealed_store / "teachers/t/zarr.json").unlink()
+    found = faults(sealed_store)
+    assert "samples/receipt.json: missing" in found
+    assert "no teacher 't'" in found
+
+
+def test_manifests_that_were_swapped(sealed_store: Path) -> None:
+    shutil.copy(sealed_store / "views/0/manifest.json", sealed_store / ROWS / "manifest.json")
+    assert "manifest.json: the seal of the views/0" in faults(sealed_store)
+
+
+def test_an_object_that_cannot_be_opened(sealed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hashlib, "file_digest", broken)
+    assert f"{SHARD}: cannot be read (Input/output error)" in faults(sealed_store)
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    data=st.data(),
+    which=st.sampled_from(
+        [
+            "zarr.json",
+            "samples/receipt.json",
+            "teachers/t/zarr.json",
+            f"{ROWS}/manifest.json",
+            f"{ROWS}/receipts/1.json",
+            "views/0/manifest.json",
+            f"{ROWS}/final/values/zarr.json",
+        ]
+    ),
+)
+def test_a_changed_record_is_a_fault_or_changes_nothing(
+    data: st.DataObject, which: str, sealed_store: Path, mutations: Mutations
+) -> None:
+    """Verification never crashes, and what it calls good reads as before."""
+    path = sealed_store / which
+    whole = path.read_bytes()
+    before = teacher_ledger(Store.open(sealed_store), "t", 0).manifest()
+    try:
+        path.write_bytes(data.draw(mutations(whole)))
+        try:
+            store = Store.open(sealed_store)
+            good = verify(store, quick=data.draw(st.booleans())).good
+            manifest = teacher_ledger(store, "t", 0).manifest()
+            teacher_ledger(store, "t", 0).receipt(1)
+            reader = ArrayReader(sealed_store, f"{ROWS}/final/values", (20, 9, 6), "float32", manifest.objects, 8)
+            rows = reader.rows(0, 20)
+        except HdcacheError:
+            return
+        if good:
+            same = ArrayReader(sealed_store, f"{ROWS}/final/values", (20, 9, 6), "float32", before.objects, 8).rows(
+                0, 20
+            )
+            assert rows.tobytes() == same.tobytes()
+            assert manifest == before
+    finally:
+        path.write_bytes(whole)

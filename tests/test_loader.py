@@ -1,0 +1,525 @@
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from hdcache import loader as loader_module
+from hdcache.backbones import normalize
+from hdcache.datasets import Dataset, open_dataset
+from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.extract.run import extract
+from hdcache.integrity import teacher_ledger
+from hdcache.loader import Batch, Loader, Options
+from hdcache.order import rank_slice
+from hdcache.reader import read_geometry
+from hdcache.samples import open_sample
+from hdcache.schema import Preprocessing, ViewSpec
+from hdcache.store import Store
+from hdcache.taps import Tokens
+from hdcache.target_sources import Runs, open_targets
+from hdcache.teachers import reload_teacher
+from hdcache.views import render
+
+pytestmark = pytest.mark.timeout(120)
+
+COUNT, BAD = 45, (3, 17, 40)
+SHOWN = Preprocessing(size=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+WANTED = {"t": ["final", "block3.rel.qk"]}
+
+
+@pytest.fixture(scope="module")
+def holed(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Iterator[Path]:
+    """A folder of 45 pictures of which 3 are broken, and a store of two views of it; no test may change either."""
+    root = tmp_path_factory.mktemp("holed")
+    noise = np.random.default_rng(0).integers(0, 256, (COUNT, 5, 6, 3), dtype=np.uint8)
+    for number, picture in enumerate(noise):
+        path = root / "data" / "ab"[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).resize((60, 50)).save(path)
+        if number in BAD:
+            path.write_bytes(path.read_bytes()[:60])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HDCACHE_CACHE", str(root / "cache"))
+        common = {"encoding": "fp32", "precision": "fp32", "device": "cpu", "batch": 8, "rows_per_shard": 16}
+        taps = ["block3.attn_in", "final"]
+        extract(str(root / "data"), store=root / "s", teachers=[f"t={tiny}"], taps=taps, num_views=2, **common)
+        yield root
+
+
+def open_data(root: Path) -> Dataset:
+    return open_dataset(str(root / "data"), classes=("a", "b"), cache=root / "cache")
+
+
+def make(root: Path, wanted: dict[str, list[str]] | None = None, **more: Any) -> Loader:
+    """A loader over the stored views, with small buffers so that an epoch has several."""
+    views = {"num_views": more.pop("num_views", None)}
+    options = Options(**({"batch_size": 8, "preprocessing": SHOWN, "buffer_rows": 16} | more))
+    store = Store.open(root / "s")
+    stored, _ = open_targets(store, WANTED if wanted is None else wanted)
+    return Loader(open_data(root), options, views=store.card.views, store=store, stored=stored, **views)
+
+
+def without_store(root: Path, views: ViewSpec | None = None, num_views: int | None = None, **more: Any) -> Loader:
+    options = Options(**({"batch_size": 8, "preprocessing": SHOWN, "buffer_rows": 16} | more))
+    return Loader(open_data(root), options, views=views or ViewSpec(), num_views=num_views)
+
+
+def good_ids() -> set[str]:
+    return {f"{'ab'[number % 2]}/{number:02d}.png" for number in range(COUNT) if number not in BAD}
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """All that a training step sees, in one list."""
+    values = [value for found in batch.targets.values() for value in found.values()]
+    return [batch.images, batch.labels, *(v if isinstance(v, Tensor) else v.sequence() for v in values)]
+
+
+def same(one: Batch, other: Batch) -> bool:
+    facts = [(batch.ids, batch.epoch, batch.view, batch.index) for batch in (one, other)]
+    return facts[0] == facts[1] and all(map(torch.equal, tensors(one), tensors(other)))
+
+
+def ids_of(batches: Any) -> list[list[str]]:
+    return [batch.ids for batch in batches]
+
+
+def flat(batches: Any) -> list[str]:
+    return list(itertools.chain.from_iterable(ids_of(batches)))
+
+
+def view_of(root: Path, sample_id: str, view: int, size: int) -> np.ndarray:
+    """The recorded view of a sample, cut and resized by hand: uint8 [3, size, size]."""
+    store = Store.open(root / "s")
+    geometry, _ = read_geometry(store, view)
+    (row,) = np.flatnonzero(geometry[:, 0] == store.ids.index(sample_id))
+    _, left, top, width, height, flip, *_ = (int(number) for number in geometry[row])
+    image = Image.open(root / "data" / sample_id).convert("RGB")
+    return render(image, (left, top, width, height), bool(flip), size).transpose(2, 0, 1).copy()
+
+
+# Which rows, and in which order
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 42])
+def test_every_usable_row_comes_exactly_once(holed: Path, batch_size: int, drop_last: bool) -> None:
+    """Whatever the batch size; with ``drop_last`` all but the rows that do not fill a batch. Broken rows never come."""
+    loader = make(holed, batch_size=batch_size, drop_last=drop_last)
+    found = ids_of(loader.epoch(0))
+    assert len(found) == len(loader) == loader.batches_per_epoch(0)
+    seen = Counter(itertools.chain(*found))
+    assert set(seen.values()) == {1}
+    assert seen.keys() <= good_ids()
+    assert len(seen) == (42 - 42 % batch_size if drop_last else 42)
+    assert [len(ids) for ids in found[:-1]] == [batch_size] * (len(found) - 1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [8, 5])
+def test_ranks_share_the_same_global_batches(holed: Path, batch_size: int, world: int, threads: int) -> None:
+    """Ranks together see exactly the batches of one process, each a contiguous part, with equal values."""
+    whole = list(make(holed, batch_size=batch_size, threads=2).epoch(1))
+    parts = [
+        list(make(holed, batch_size=batch_size, rank=rank, world=world, threads=threads).epoch(1))
+        for rank in range(world)
+    ]
+    assert [len(part) for part in parts] == [len(whole)] * world
+    for index, batch in enumerate(whole):
+        shares = [part[index] for part in parts]
+        assert flat(shares) == batch.ids
+        for rank, share in enumerate(shares):
+            assert share.ids == batch.ids[rank_slice(len(batch.ids), rank, world)]
+        for joined, value in zip(zip(*map(tensors, shares), strict=True), tensors(batch), strict=True):
+            torch.testing.assert_close(torch.cat(joined), value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_last_batch_smaller_than_the_world_leaves_some_ranks_an_empty_one(holed: Path) -> None:
+    """42 rows in eights leave 2 for 4 ranks; an empty share has every tensor, with no rows."""
+    live = reload_teacher(Store.open(holed / "s").teacher("t"))
+    for online in (False, True):
+        last = []
+        for rank in range(4):
+            loader = make(holed, rank=rank, world=4)
+            if online:
+                store = Store.open(holed / "s")
+                _, running = open_targets(store, WANTED, live={"t": live})
+                loader = Loader(
+                    open_data(holed), loader.options, views=store.card.views, store=store, live=running, teachers=["t"]
+                )
+            *_, batch = loader.epoch(0)
+            last.append(batch)
+        assert sorted(len(batch.ids) for batch in last) == [0, 0, 1, 1]
+        for batch in last:
+            assert [len(value) for value in tensors(batch)] == [len(batch.ids)] * 4
+            assert batch.images.shape[1:] == (3, 24, 24)
+            assert batch.targets["t"]["final"].patches.shape[1:] == (16, 48)  # type: ignore[union-attr]
+        assert all(len(b.ids) == 2 for b in list(make(holed, rank=3, world=4, drop_last=True).epoch(0)))
+
+
+def test_order_is_a_function_of_seed_and_epoch(holed: Path) -> None:
+    orders = {(seed, epoch): make(holed, seed=seed).order(epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert orders == {
+        (seed, epoch): make(holed, seed=seed, threads=1, rank=1, world=2).order(epoch).tolist()
+        for seed, epoch in orders
+    }
+    assert len({tuple(order) for order in orders.values()}) == 6
+
+
+def test_iterating_again_is_the_next_epoch(holed: Path) -> None:
+    """A ``for`` over the loader takes epochs 0, 1, 2 in turn, and views go round."""
+    loader, twin = make(holed, batch_size=21), make(holed, batch_size=21)
+    for epoch in range(3):
+        found = list(loader)
+        assert [(batch.epoch, batch.view, batch.index) for batch in found] == [(epoch, epoch % 2, i) for i in (0, 1)]
+        assert all(map(same, found, twin.epoch(epoch)))
+
+
+@pytest.mark.parametrize("jitter", [None, (0.3, 0.3, 0.3)])
+def test_resuming_from_any_batch_equals_not_stopping(holed: Path, jitter: Any) -> None:
+    """Images, ids, labels and targets to the bit, from every batch of an epoch and from its end."""
+    whole = list(make(holed, jitter=jitter).epoch(2))
+    for start in range(len(whole) + 1):
+        rest = list(make(holed, jitter=jitter, threads=1).epoch(2, start))
+        assert len(rest) == len(whole) - start
+        assert all(map(same, rest, whole[start:]))
+
+
+@pytest.mark.parametrize("start", [-1, 7])
+def test_a_start_outside_the_epoch_is_refused(holed: Path, start: int) -> None:
+    with pytest.raises(UsageError, match=f"cannot start at batch {start}: epoch 0 has 6"):
+        next(make(holed).epoch(0, start))
+
+
+# What a batch holds
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_images_are_the_stored_view_normalised_for_the_student(holed: Path, view: int) -> None:
+    for batch in make(holed).epoch(view):
+        pixels = torch.from_numpy(np.stack([view_of(holed, name, view, 24) for name in batch.ids]))
+        assert torch.equal(batch.images, normalize(pixels, SHOWN))
+        assert batch.labels.tolist() == ["ab".index(name[0]) for name in batch.ids]
+        assert batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_targets_belong_to_the_image_they_come_with(holed: Path, view: int) -> None:
+    """They equal a live forward of that very image under that very view, past the holes that broken images left."""
+    teacher = reload_teacher(Store.open(holed / "s").teacher("t"))
+    for batch in make(holed).epoch(view):
+        pixels = torch.from_numpy(np.stack([view_of(holed, name, view, 32) for name in batch.ids]))
+        live = teacher.forward(pixels, ["final", "block3.rel.qk"])
+        final, relation = batch.targets["t"]["final"], batch.targets["t"]["block3.rel.qk"]
+        assert isinstance(final, Tokens)
+        assert isinstance(live["final"], Tokens)
+        assert torch.equal(final.sequence(), live["final"].sequence())
+        torch.testing.assert_close(relation, live["block3.rel.qk"], rtol=1e-5, atol=1e-6)
+
+
+def test_online_targets_equal_stored_ones_to_the_bit(holed: Path) -> None:
+    """The teacher in the loop gives the batches that the store gives."""
+    store = Store.open(holed / "s")
+    _, live = open_targets(store, WANTED, live={"t": reload_teacher(store.teacher("t"))})
+    cached = make(holed, jitter=(0.2, 0.2, 0.2))
+    online = Loader(open_data(holed), cached.options, views=store.card.views, store=store, live=live, teachers=["t"])
+    for epoch in (0, 1):
+        assert all(itertools.starmap(same, zip(cached.epoch(epoch), online.epoch(epoch), strict=True)))
+
+
+def test_jitter_is_fresh_in_every_epoch_and_equal_in_every_run(holed: Path) -> None:
+    """With one view the geometry repeats, so that epochs differ by their jitter alone; ids decide it, not batches."""
+
+    def images(epoch: int, **more: Any) -> dict[str, Tensor]:
+        loader = make(holed, num_views=1, **({"jitter": (0.4, 0.4, 0.4)} | more))
+        batches = list(loader.epoch(epoch))
+        return dict(zip(flat(batches), torch.cat([batch.images for batch in batches]), strict=True))
+
+    first, second, plain = images(0), images(1), images(0, jitter=None)
+    other_batches, other_seed = images(0, batch_size=5), images(0, seed=1)
+    for name, image in first.items():
+        assert not torch.equal(image, second[name])
+        assert not torch.equal(image, plain[name])
+        assert not torch.equal(image, other_seed[name])
+        torch.testing.assert_close(image, other_batches[name], rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(plain[name], image) for name, image in images(1, jitter=None).items())
+
+
+def test_without_a_teacher_a_store_only_names_the_views(holed: Path) -> None:
+    """No targets, the views of the store's spec, and broken images are dropped as they are without a store."""
+    found = list(make(holed, {}).epoch(0))
+    assert all(batch.targets == {} for batch in found)
+    twins = without_store(holed, Store.open(holed / "s").card.views).epoch(0)
+    assert all(itertools.starmap(same, zip(found, twins, strict=True)))
+
+
+def test_a_teacher_may_decide_the_rows_without_giving_targets(holed: Path) -> None:
+    """``teachers`` leaves out the rows that they lack, and replays the recorded views."""
+    store = Store.open(holed / "s")
+    loader = Loader(
+        open_data(holed), make(holed).options, views=store.card.views, store=store, teachers=["t"], num_views=1
+    )
+    batches = list(loader.epoch(0))
+    assert set(flat(batches)) == good_ids()
+    assert all(torch.equal(a.images, b.images) for a, b in zip(batches, make(holed, num_views=1).epoch(0), strict=True))
+
+
+# The data set changed
+
+
+@pytest.fixture
+def copy(holed: Path, tmp_path: Path) -> Path:
+    """A copy of the data and store that a test may damage."""
+    shutil.copytree(holed / "data", tmp_path / "data")
+    shutil.copytree(holed / "s", tmp_path / "s")
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [(60, 50), (30, 30)])
+def test_an_image_that_was_replaced_is_refused(copy: Path, size: tuple[int, int]) -> None:
+    loader = make(copy)
+    Image.new("RGB", size, "red").save(copy / "data/a/08.png")
+    with pytest.raises(StoreMismatch, match=r"a/08.png: the image changed since its view was recorded .* restore it"):
+        list(loader.epoch(0))
+    assert_no_threads()
+
+
+@pytest.mark.parametrize("content", [None, b"\x89PNG nonsense"])
+def test_an_image_that_is_gone_or_broken_is_refused(copy: Path, content: bytes | None) -> None:
+    loader = make(copy)
+    path = copy / "data/a/08.png"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(StoreMismatch, match=r"a/08.png: .*; it could be read when the store was made"):
+        list(loader.epoch(0))
+    assert_no_threads()
+
+
+# Threads and memory
+
+
+def assert_no_threads() -> None:
+    """No thread of a loader is left, at once or within a moment."""
+    for _ in range(100):
+        left = [t.name for t in threading.enumerate() if t.name.startswith(("decode", "read", "collate"))]
+        if not left:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"threads left behind: {left}")
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_loop_that_is_left_early_leaves_no_thread_behind(holed: Path, after: int) -> None:
+    for number, _batch in enumerate(make(holed, threads=3, prefetch=4), 1):
+        if number == after:
+            break
+    del _batch
+    assert_no_threads()
+
+
+def test_an_iterator_that_is_never_used_starts_no_thread(holed: Path) -> None:
+    iterator = iter(make(holed))
+    assert_no_threads()
+    del iterator
+
+
+def test_an_error_of_the_consumer_ends_the_threads(holed: Path) -> None:
+    def work() -> None:
+        for _ in make(holed):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        work()
+    assert_no_threads()
+
+
+def test_leaving_early_does_not_wait_for_the_whole_epoch(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has not begun is cancelled: only the decoding under way is waited for."""
+    opened = []
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        opened.append(arguments[1])
+        return open_sample(*arguments)
+
+    monkeypatch.setattr(loader_module, "open_sample", slow)
+    iterator = make(holed, threads=2, prefetch=6).epoch(0)
+    next(iterator)
+    began = time.monotonic()
+    iterator.close()
+    assert time.monotonic() - began < 1
+    assert len(opened) < 42
+    assert_no_threads()
+
+
+def test_a_failing_read_reaches_the_consumer_and_ends_the_threads(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    loader = make(holed)
+    monkeypatch.setattr(loader.stored[0], "read", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(loader.epoch(0))
+    assert_no_threads()
+
+
+def test_runs_in_memory_are_bounded_by_the_buffer(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are forgotten after their last use: never more at a time than two buffers touch, none at the end."""
+    monkeypatch.setattr("hdcache.target_sources.RUN_ROWS", 2)
+    monkeypatch.setattr(loader_module, "RUN_ROWS", 2)
+    held, last = [], []
+    gather = Runs.gather
+
+    def watch(self: Runs, *arguments: Any) -> Any:
+        held.append(len(self._futures))
+        last[:] = [self]
+        return gather(self, *arguments)
+
+    monkeypatch.setattr(Runs, "gather", watch)
+    store = Store.open(tiny_store)
+    stored, _ = open_targets(store, {"t": ["final"]})
+    options = Options(batch_size=4, preprocessing=SHOWN, buffer_rows=8, prefetch=1)
+    dataset = open_dataset(store.card.dataset.spec)
+    assert len(list(Loader(dataset, options, views=store.card.views, store=store, stored=stored).epoch(0))) == 16
+    assert max(held) <= 2 * 8 // 2 + 4 < 32
+    assert not last[0]._futures
+
+
+def test_waiting_is_counted(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make(holed, batch_size=42, threads=1)
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.005)
+        return open_sample(*arguments)
+
+    monkeypatch.setattr(loader_module, "open_sample", slow)
+    list(loader.epoch(0))
+    assert loader.waited > 0.15
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 3, "world": 4}, "batch size 3 is smaller than the 4 processes that share it"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"threads": 0}, "threads 0 must be at least 1"),
+        ({"prefetch": 0}, "prefetch 0 must be at least 1"),
+        ({"buffer_rows": 0}, "buffer_rows 0 must be at least 1"),
+        ({"rank": 2, "world": 2}, "rank 2 must lie between 0 and 1: the processes are 2"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Options(**({"batch_size": 8, "preprocessing": SHOWN} | fields))
+
+
+def test_a_buffer_that_does_not_fit_names_one_that_does(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "BUFFER_LIMIT", 1 << 20)
+    need = 2 * 17 * 48 * 4
+    with pytest.raises(UsageError, match=rf"buffer of 1000 rows of {need} bytes .* set buffer_rows to 80 or less"):
+        make(holed, buffer_rows=1000)
+    make(holed, buffer_rows=80)
+
+
+def test_too_few_rows_for_one_batch_are_refused(holed: Path) -> None:
+    loader = make(holed, batch_size=43, drop_last=True)
+    with pytest.raises(UsageError, match="42 usable rows do not fill one batch of 43; choose a smaller batch_size"):
+        len(loader)
+
+
+def test_views_that_are_not_complete_are_refused(copy: Path) -> None:
+    with pytest.raises(
+        InputNotFound, match=r"3 views asked for, complete in every teacher are \[0, 1\] \(sealed: t: \[0"
+    ):
+        make(copy, num_views=3)
+    with pytest.raises(UsageError, match="num_views 0 must be at least 1"):
+        make(copy, num_views=0)
+    teacher_ledger(Store.open(copy / "s"), "t", 0).unseal()
+    assert make(copy).views == [1]
+    teacher_ledger(Store.open(copy / "s"), "t", 1).unseal()
+    with pytest.raises(
+        InputNotFound, match=r"complete in every teacher are none \(sealed: t: none\); finish with 'hdc"
+    ):
+        make(copy)
+
+
+def test_a_view_without_a_usable_row_is_refused(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make(holed)
+    manifest = loader.readers[0].manifest(0).model_copy(update={"failed": dict.fromkeys(range(COUNT), "x")})
+    loader.readers[0]._manifests[0] = manifest
+    with pytest.raises(InputNotFound, match="no row of view 0 is usable: every one failed in extraction"):
+        loader.rows(0)
+
+
+# Without a store
+
+
+def test_without_a_store_unreadable_images_are_dropped_and_recorded(holed: Path) -> None:
+    """Every readable image comes once; the others are listed with their reasons, and nobody takes their place."""
+    loader = without_store(holed)
+    batches = list(loader.epoch(0))
+    assert Counter(flat(batches)) == Counter(good_ids())
+    assert sorted(len(batch.ids) for batch in batches) != [8] * 6
+    assert loader.dropped.keys() == {f"{'ab'[number % 2]}/{number:02d}.png" for number in BAD}
+    assert all(name in reason for name, reason in loader.dropped.items())
+    assert all(len(value) == len(batch.ids) for batch in batches for value in tensors(batch))
+
+
+def test_without_a_store_views_are_drawn_as_extraction_draws_them(holed: Path) -> None:
+    """The same view spec gives the views, the order and the images that a store records."""
+    spec = Store.open(holed / "s").card.views
+    for number in (0, 1):
+        drawn = {
+            name: image
+            for batch in without_store(holed, spec, 2).epoch(number)
+            for name, image in zip(batch.ids, batch.images, strict=True)
+        }
+        for batch in make(holed).epoch(number):
+            assert all(torch.equal(drawn[name], image) for name, image in zip(batch.ids, batch.images, strict=True))
+
+
+def test_a_batch_without_a_readable_image_is_an_error(copy: Path) -> None:
+    """A data set that went away is not a run that quietly trains on nothing."""
+    loader = without_store(copy)
+    shutil.rmtree(copy / "data")
+    with pytest.raises(InputNotFound, match=r"no image of a whole batch could be read; the first: [ab]/\d\d.png: "):
+        list(loader.epoch(0))
+    assert_no_threads()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    batch_size=st.integers(1, 50),
+    world=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+    buffer_rows=st.integers(1, 60),
+    drop_last=st.booleans(),
+)
+def test_the_shares_of_any_world_make_up_the_epoch(
+    holed: Path, batch_size: int, world: int, epoch: int, buffer_rows: int, drop_last: bool
+) -> None:
+    """For any sizes: the ranks' rows, put together, are the usable rows, each once."""
+    if batch_size < world or (drop_last and batch_size > 42):
+        return
+    loader = make(holed, batch_size=batch_size, buffer_rows=buffer_rows, drop_last=drop_last)
+    order, count = loader.order(epoch), loader.batches_per_epoch(epoch)
+    assert np.array_equal(np.sort(order), loader.rows(epoch % 2))
+    rows = [order[i * batch_size : (i + 1) * batch_size] for i in range(count)]
+    shared = [row for batch in rows for rank in range(world) for row in batch[rank_slice(len(batch), rank, world)]]
+    assert shared == order[: count * batch_size].tolist()

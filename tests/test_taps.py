@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import LayerNorm, RmsNorm
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
+from timm.models.vision_transformer import VisionTransformer as ViT
+from torch import Tensor
+
+from hdcache.errors import UsageError
+from hdcache.relations import relation, split_heads
+from hdcache.taps import GRAMMAR, Tokens, attention_of, embed_tokens, forward_taps, num_blocks, parse_tap
+
+DEPTH = 3
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "qk-layernorm": {"qk_norm": True},
+    "qk-rmsnorm": {"qk_norm": True, "norm_layer": RmsNorm},
+    "layer-scale": {"init_values": 0.5},
+    "registers": {"reg_tokens": 4},
+    "registers-without-positions": {"reg_tokens": 4, "no_embed_class": True},
+    "no-class-token": {"class_token": False, "global_pool": "avg"},
+    "clip": {"pre_norm": True, "norm_layer": LayerNorm},
+    "one-head": {"num_heads": 1},
+    "scaled-attention-norm": {"scale_attn_norm": True},
+    "map-pooling": {"global_pool": "map"},
+    "no-final-norm": {"final_norm": False},
+    "no-qkv-bias": {"qkv_bias": False},
+    "dynamic-size": {"dynamic_img_size": True},
+    "no-positions": {"pos_embed": "none"},
+}
+
+
+def vit(seed: int = 0, **arguments: Any) -> Any:
+    """A tiny ViT whose every parameter differs from its initial 0 or 1, so that no part of it is idle."""
+    small: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": DEPTH, "num_heads": 4}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = ViT(**(small | {"num_classes": 5} | arguments)).eval()
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return model
+
+
+def pictures(count: int = 2, side: int = 16, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def sequence(value: Tokens | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else value.sequence()
+
+
+def hooked(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """What hooks on timm's own modules see during timm's own forward, with attention spelled out."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for number, block in enumerate(model.blocks, 1):
+        attention = block.attn
+        attention.fused_attn = False
+
+        def keep(name: str, what: int) -> Any:
+            return lambda _module, args, out: seen.__setitem__(name, args[0] if what == 0 else out)
+
+        handles += [
+            attention.qkv.register_forward_hook(keep(f"block{number}.attn_in", 0)),
+            attention.qkv.register_forward_hook(keep(f"block{number}.qkv", 1)),
+            attention.attn_drop.register_forward_hook(keep(f"block{number}.rel.qk", 0)),
+        ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def gated(model: Any) -> Any:
+    """``model`` with timm's gated attention in every block."""
+    for block in model.blocks:
+        block.attn = Attention(24, num_heads=4, qkv_bias=True, gated=True).eval()
+    return model
+
+
+def narrow(model: Any) -> Any:
+    """``model`` whose heads are 5 wide instead of 24 / 4."""
+    for block in model.blocks:
+        block.attn = Attention(24, num_heads=4, attn_head_dim=5, qkv_bias=True, qk_norm=True, norm_layer=LayerNorm)
+    return model.eval()
+
+
+# Equal to timm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_taps_equal_timm_s_own_forwards(variant: str) -> None:
+    """Residual streams, final tokens, pooled features and logits are bit for bit those of timm."""
+    model, images = vit(**VARIANTS[variant]), pictures()
+    names = [*(f"block{n}.out" for n in range(1, DEPTH + 1)), "final", "pooled", "logits"]
+    found = forward_taps(model, images, names)
+    prefix = model.num_prefix_tokens
+    final, outputs = model.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
+    for number, output in enumerate(outputs, 1):
+        tokens = found[f"block{number}.out"]
+        assert isinstance(tokens, Tokens)
+        patches, head = output if prefix else (output, output[:, :0])
+        assert torch.equal(tokens.patches, patches)
+        assert torch.equal(tokens.prefix, head)
+    assert torch.equal(sequence(found["final"]), final)
+    assert torch.equal(sequence(found["final"]), model.forward_features(images))
+    assert torch.equal(sequence(found["pooled"]), model.forward_head(final, pre_logits=True))
+    assert torch.equal(sequence(found["logits"]), model(images))
+    assert found["final"].prefix.shape[1] == prefix  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [*VARIANTS, "gated", "narrow-heads"])
+def test_attention_taps_equal_what_hooks_see(variant: str) -> None:
+    """The QKV layer's input and output, and the softmax inside timm's unfused attention, whatever surrounds them."""
+    model = vit(**VARIANTS.get(variant, {}))
+    model = {"gated": gated, "narrow-heads": narrow}.get(variant, lambda same: same)(model)
+    images = pictures()
+    seen = hooked(model, images)
+    found = forward_taps(model, images, list(seen))
+    for name, value in seen.items():
+        torch.testing.assert_close(sequence(found[name]), value, rtol=1e-5, atol=1e-6)
+        if not name.endswith("qk"):
+            assert torch.equal(sequence(found[name]), value)
+
+
+@torch.no_grad()
+def test_distilled_deit_has_two_prefix_tokens() -> None:
+    """A subclass with a second class token is tapped like any other; its logits are the mean of both heads."""
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
+    model: Any = timm.create_model("deit_tiny_distilled_patch16_224", **small).eval()
+    found = forward_taps(model, pictures(), ["block2.out", "final", "logits"])
+    assert found["final"].prefix.shape == (2, 2, 24)  # type: ignore[union-attr]
+    assert torch.equal(sequence(found["final"]), model.forward_features(pictures()))
+    assert torch.equal(sequence(found["logits"]), model(pictures()))
+
+
+@torch.no_grad()
+def test_dynamic_models_take_other_sizes() -> None:
+    model = vit(dynamic_img_size=True)
+    for side in (8, 16, 24):
+        images = pictures(side=side)
+        found = forward_taps(model, images, ["final"])["final"]
+        assert torch.equal(sequence(found), model.forward_features(images))
+        assert found.patches.shape[1] == (side // 4) ** 2  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qk", "vv", "qq", "kk"])
+@pytest.mark.parametrize("heads", [None, 4, 2, 8])
+def test_relations_are_those_of_the_qkv_tap(kind: str, heads: int | None) -> None:
+    """With any head count the relation is the softmaxed product of the QKV tap's columns."""
+    name = f"block2.rel.{kind}" + (f"@{heads}" if heads else "")
+    found = forward_taps(vit(), pictures(), [name, "block2.qkv"])
+    parts = dict(zip("qkv", split_heads(sequence(found["block2.qkv"]), heads or 4), strict=True))
+    assert torch.equal(sequence(found[name]), relation(parts[kind[0]], parts[kind[1]]))
+    assert sequence(found[name]).shape == (2, heads or 4, 17, 17)
+
+
+@torch.no_grad()
+def test_only_values_can_be_cut_into_other_heads_under_a_qk_norm() -> None:
+    """Q/K norms belong to the block's own heads: other heads are refused, but values have no norm."""
+    model = vit(qk_norm=True)
+    with pytest.raises(UsageError, match="relations with 2 heads: the block normalises Q and K for its own 4 heads"):
+        forward_taps(model, pictures(), ["block1.rel.qk@2"])
+    found = forward_taps(model, pictures(), ["block1.rel.vv@2", "block1.qkv", "block1.rel.qk@4", "block1.rel.qk"])
+    _, _, v = split_heads(sequence(found["block1.qkv"]), 2)
+    assert torch.equal(sequence(found["block1.rel.vv@2"]), relation(v, v))
+    assert torch.equal(sequence(found["block1.rel.qk@4"]), sequence(found["block1.rel.qk"]))
+
+
+# Nothing more than asked
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("names", "blocks", "norm"),
+    [
+        (["block1.out"], 1, 0),
+        (["block2.attn_in"], 1, 0),
+        (["block2.qkv", "block1.out"], 1, 0),
+        (["block2.rel.vv"], 1, 0),
+        (["block2.rel.qk", "block2.out"], 2, 0),
+        (["block1.attn_in"], 0, 0),
+        (["final"], 3, 1),
+        (["block1.out", "pooled"], 3, 1),
+        ([], 0, 0),
+    ],
+)
+def test_nothing_after_the_last_tap_runs(names: list[str], blocks: int, norm: int, grad: bool) -> None:
+    """Blocks and norms beyond the last tap are never called, and get no gradient."""
+    model, called = vit(), []
+    for number, block in enumerate(model.blocks, 1):
+        block.register_forward_hook(lambda *_, number=number: called.append(number))
+    model.norm.register_forward_hook(lambda *_: called.append(0))
+    with torch.set_grad_enabled(grad):
+        found = forward_taps(model, pictures(), names)
+    assert list(found) == names
+    assert called == [*range(1, blocks + 1), *[0] * norm]
+    if grad and names:
+        sum(sequence(value).square().sum() for value in found.values()).backward()  # type: ignore[union-attr]
+        touched = {
+            int(n.split(".")[1]) + 1 for n, p in model.named_parameters() if "blocks" in n and p.grad is not None
+        }
+        inner = {int(n[5]) for n in names if n.startswith("block") and not n.endswith(".out")}
+        assert touched == {*range(1, blocks + 1)} | inner
+
+
+def test_gradients_are_those_of_timm() -> None:
+    """A student trained through taps gets the gradients of timm's forward, in training mode too."""
+    grads = []
+    for tapped in (True, False):
+        model, images = vit().train(), pictures()
+        out = sequence(forward_taps(model, images, ["final"])["final"]) if tapped else model.forward_features(images)
+        out.square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, value in grads[0].items():
+        torch.testing.assert_close(value, grads[1][name], msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["plain", "registers", "no-class-token", "clip", "dynamic-size"])
+def test_keep_runs_on_those_tokens_alone(variant: str) -> None:
+    """Keeping some patch tokens equals timm's blocks on exactly the prefix and those tokens, positions included."""
+    model, images = vit(**VARIANTS[variant]), pictures()
+    prefix = model.num_prefix_tokens
+    keep = torch.tensor([[0, 3, 9], [2, 7, 15]])
+    found = forward_taps(model, images, ["block2.out", "final"], keep=keep)
+    x = model._pos_embed(model.patch_embed(images))
+    x = torch.stack([torch.cat([row[:prefix], row[prefix:][chosen]]) for row, chosen in zip(x, keep, strict=True)])
+    x = model.norm_pre(x)
+    for block in model.blocks[:2]:
+        x = block(x)
+    assert torch.equal(sequence(found["block2.out"]), x)
+    assert found["final"].patches.shape == (2, 3, 24)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_keeping_every_token_changes_nothing() -> None:
+    model, images = vit(reg_tokens=1), pictures()
+    assert torch.equal(
+        embed_tokens(model, images, torch.arange(16).expand(2, -1)),
+        embed_tokens(model, images),
+    )
+
+
+# Names
+
+
+@given(
+    block=st.integers(1, 9999),
+    what=st.sampled_from(["out", "attn_in", "qkv", "rel.qk", "rel.vv", "rel.qq", "rel.kk"]),
+    heads=st.none() | st.integers(1, 9999),
+)
+def test_every_name_of_the_grammar_parses_to_its_parts(block: int, what: str, heads: int | None) -> None:
+    kind = what.partition(".")[2]
+    name = f"block{block}.{what}" + (f"@{heads}" if heads and kind else "")
+    tap = parse_tap(name)
+    assert (tap.name, tap.block, tap.what, tap.kind) == (name, block, "rel" if kind else what, kind)
+    assert tap.heads == (heads if kind else None)
+    assert tap.is_tokens == (not kind)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "block0.out", "block.out", "block1", "block1.rel", "block1.rel.qv", "block01.out", "block-1.out", "Final",
+     "block1.out@3", "block1.rel.qk@0", "block1.rel.qk@", "block1.out\n", "block1.out ", "block1\uff11.out", "norm",
+     "block99999.out"],
+)  # fmt: skip
+def test_other_names_are_refused_with_the_grammar(name: str) -> None:
+    with pytest.raises(UsageError, match=r"unknown tap .*; taps are blockN\.out, blockN\.attn_in") as caught:
+        parse_tap(name)
+    assert GRAMMAR in str(caught.value)
+
+
+def test_a_block_beyond_the_depth_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"tap 'block4.out': the network has 3 blocks, block1 to block3"):
+        forward_taps(vit(), pictures(), ["block4.out"])
+
+
+def test_logits_need_a_classifier() -> None:
+    with pytest.raises(UsageError, match=r"tap 'logits': the network has no classifier \(num_classes is 0\)"):
+        forward_taps(vit(num_classes=0), pictures(), ["logits"])
+
+
+# Networks whose attention cannot be read
+
+
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224", "resnet18", "vit_small_patch16_dinov3"]
+)
+def test_other_networks_are_refused_by_name(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UsageError, match=f"{type(model).__name__} is not a plain timm VisionTransformer; windowed"):
+        num_blocks(model)
+
+
+class OwnAttention(Attention):
+    """May do anything."""
+
+
+class OwnBlock(Block):
+    """May do anything."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_fn": ParallelScalingBlock}, "block1 is a ParallelScalingBlock: its attention need not read norm1"),
+        ({"block_fn": ParallelThingsBlock}, "block1 is a ParallelThingsBlock: .*; tap block1.out instead"),
+        ({"block_fn": ResPostBlock}, "block1 is a ResPostBlock"),
+        ({"block_fn": OwnBlock}, "block1 is a OwnBlock"),
+        ({"attn_layer": OwnAttention}, "block1 has OwnAttention, whose queries and keys need not be"),
+        ({"attn_layer": "diff", "num_heads": 2}, "block1 has DiffAttention.*; tap block1.out instead"),
+    ],
+)
+@pytest.mark.parametrize("tap", ["attn_in", "qkv", "rel.qk", "rel.vv"])
+def test_other_attention_is_refused_but_its_output_is_not(arguments: dict[str, Any], message: str, tap: str) -> None:
+    """What cannot be read as plain attention is named with what can be tapped instead, and that tap works."""
+    model = vit(**arguments)
+    with pytest.raises(UsageError, match=message):
+        forward_taps(model, pictures(), [f"block1.{tap}"])
+    out = forward_taps(model, pictures(), ["block1.out", "final"])
+    assert torch.equal(sequence(out["final"]), model.forward_features(pictures()))
+
+
+def test_attention_of_is_the_block_s_own() -> None:
+    model = vit()
+    assert attention_of(model, 2) is model.blocks[1].attn
+
+
+def test_tokens_know_their_sequence() -> None:
+    """Prefix before patches; without a prefix the patches themselves, not a copy."""
+    patches = torch.randn(2, 3, 4)
+    assert Tokens(patches[:, :0], patches).sequence() is patches
+    both = Tokens(patches[:, :1], patches[:, 1:])
+    assert torch.equal(both.sequence(), patches)

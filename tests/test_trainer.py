@@ -1,0 +1,517 @@
+"""The loop: cached equals live, resumed equals undisturbed, several processes equal one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hdcache import stopping
+from hdcache.distill import trainer
+from hdcache.distill.run import distill
+from hdcache.distill.settings import Recipe
+from hdcache.distill.student import build_student
+from hdcache.distill.trainer import (
+    autocast_precision,
+    build_optimizer,
+    forget_after,
+    one_step,
+    split,
+    train,
+    update_average,
+)
+from hdcache.errors import HdcacheError, Interrupted
+from hdcache.loader import Batch
+from hdcache.taps import Tokens
+
+Make = Callable[..., Recipe]
+Python = Callable[..., "subprocess.Popen[str]"]
+CPU = torch.device("cpu")
+
+
+def run(recipe: Recipe, out: Path, store: Path | None, **settings: Any) -> dict[str, Any]:
+    return distill(recipe, out=out, store=store, device="cpu", threads=2, **settings)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines(folder)]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "student.safetensors").read_bytes()
+
+
+# Cached equals live
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"objective__strategy": "feature"},
+        {"objective__strategy": "class-token", "objective__feature": "final"},
+        {"objective__relations": ["qq", "kk"], "objective__tokens": "patches", "objective__heads": 6},
+    ],
+    ids=["relation", "feature", "class-token", "other-relations"],
+)
+def test_cached_equals_live_to_the_bit(
+    objective: dict[str, Any], tiny_store: Path, tmp_path: Path, small_recipe: Make
+) -> None:
+    recipe = small_recipe(epochs=5, **objective)
+    assert recipe.jitter is not None
+    run(recipe, tmp_path / "cached", tiny_store)
+    run(recipe, tmp_path / "live", tiny_store, online=True)
+    assert len(losses(tmp_path / "cached")) == 20
+    assert losses(tmp_path / "cached") == losses(tmp_path / "live")
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live")
+    assert losses(tmp_path / "cached")[0] != losses(tmp_path / "cached")[-1]
+
+
+def test_live_without_a_store_equals_live_with_one(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, tiny: str
+) -> None:
+    recipe = small_recipe(jitter=None, student__drop_path=0)
+    run(recipe, tmp_path / "with", tiny_store, online=True, num_views=1)
+    data = f"npz:{tiny_store.parent}/data.npz"
+    run(recipe, tmp_path / "without", None, data=data, online=True, teachers=[f"t={tiny}"])
+    for (_, one), (_, other) in zip(losses(tmp_path / "with"), losses(tmp_path / "without"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+# Resumed equals undisturbed
+
+
+KILLED = """
+import json, os, signal, sys
+from hdcache.distill import trainer
+from hdcache.distill.run import distill
+from hdcache.distill.settings import Recipe
+recipe, out, store, last = sys.argv[1:]
+step, left = trainer.one_step, [int(last)]
+def one_step(*rest):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*rest)
+trainer.one_step = one_step
+distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=2)
+"""
+
+
+def test_killed_in_an_epoch_and_resumed_equals_undisturbed(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, python: Python
+) -> None:
+    recipe = small_recipe(epochs=4, log_every=3, ema=0.9)
+    whole = run(recipe, tmp_path / "whole", tiny_store)
+    process = python(KILLED, recipe.model_dump_json(), tmp_path / "a", tiny_store, 11)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (tmp_path / "a" / "student.safetensors").exists()
+    rest = run(recipe, tmp_path / "a", tiny_store)
+    assert rest["resumed_at"] == 8
+    assert rest["steps"] == whole["steps"] == 16
+    assert losses(tmp_path / "a") == losses(tmp_path / "whole")
+    assert [step for step, _ in losses(tmp_path / "a")] == [1, 3, 6, 9, 12, 15]
+    for name in (".", "ema"):
+        assert weights(tmp_path / "a" / name) == weights(tmp_path / "whole" / name)
+    assert rest["loss"] == whole["loss"]
+
+
+def test_stopped_in_an_epoch_and_resumed_equals_undisturbed(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(epochs=3, log_every=5)
+    run(recipe, tmp_path / "whole", tiny_store)
+    for stop_after in (2, 1, 4):
+        taken = []
+
+        def signalled(*rest: Any, taken: list[int] = taken, stop_after: int = stop_after) -> Any:
+            taken.append(1)
+            if len(taken) == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return one_step(*rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "one_step", signalled)
+            with pytest.raises(
+                Interrupted, match=r"stopped by SIGTERM with epoch \d, step \d saved in .*; run the same"
+            ) as caught:
+                run(recipe, tmp_path / "a", tiny_store)
+        assert caught.value.exit_code == 75
+        stopping._received.clear()
+    rest = run(recipe, tmp_path / "a", tiny_store)
+    assert rest["resumed_at"] == 7
+    assert losses(tmp_path / "a") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    first = run(small_recipe(), tmp_path / "a", tiny_store)
+    before, log = weights(tmp_path / "a"), lines(tmp_path / "a")
+    again = run(small_recipe(), tmp_path / "a", tiny_store)
+    assert weights(tmp_path / "a") == before
+    assert lines(tmp_path / "a") == log
+    assert (again["steps"], again["resumed_at"], again["loss"]) == (8, 8, first["loss"])
+    assert again["seconds"] == pytest.approx(first["seconds"])
+
+
+def test_states_are_saved_as_often_as_asked(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(trainer, "save_state", lambda folder, position, *_: saved.append(position.epoch))
+    run(small_recipe(epochs=5, save_every_epochs=2), tmp_path / "a", tiny_store)
+    assert saved == [2, 4, 5]
+
+
+def test_lines_of_steps_to_come_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert forget_after(path, 5) is None
+    entries = [{"step": step, "loss": step / 10} for step in (1, 5, 10)]
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries) + '{"step": 1')
+    assert forget_after(path, 7) == 0.5
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 5]
+    assert forget_after(path, 0) is None
+    assert path.read_text() == ""
+
+
+# Several processes
+
+
+RANK = """
+import sys
+from hdcache.distill.run import distill
+from hdcache.distill.settings import Recipe
+recipe, out, store = sys.argv[1:]
+distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=1)
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def together(python: Python, code: str, *arguments: object, world: int = 2) -> list[tuple[int, str]]:
+    """Run ``code`` in ``world`` processes as torchrun would; exit code and output of each."""
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    processes = [python(code, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
+    try:
+        return [
+            (process.returncode, output)
+            for process in processes
+            if (output := process.communicate(timeout=120)[0]) is not None
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_train_as_one(tiny_store: Path, tmp_path: Path, small_recipe: Make, python: Python) -> None:
+    recipe = small_recipe(epochs=3, log_every=2, ema=0.9, clip_grad=1.0, accumulate=2)
+    run(recipe, tmp_path / "one", tiny_store)
+    ended = together(python, RANK, recipe.model_dump_json(), tmp_path / "two", tiny_store)
+    assert [code for code, _ in ended] == [0, 0], ended
+    for (step, one), (other_step, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert step == other_step
+        assert two == pytest.approx(one, rel=1e-5)
+    for name in (".", "ema"):
+        first, second = (load_file(tmp_path / run / name / "student.safetensors") for run in ("one", "two"))
+        for key, value in first.items():
+            gap = (value - second[key]).abs()
+            if key.endswith("qkv.bias"):
+                # A shift of all keys changes no softmax: the gradient of K's bias is rounding noise, which AdamW scales up.
+                gap[24:48] = 0
+            assert float(gap.max()) < 1e-5, key
+
+
+STOPPED = """
+import os, signal, sys
+from hdcache import stopping
+from hdcache.distill import trainer
+from hdcache.distill.run import distill
+from hdcache.distill.settings import Recipe
+from hdcache.errors import HdcacheError
+stopping.install()
+recipe, out, store = sys.argv[1:]
+step, taken = trainer.one_step, []
+def one_step(*rest):
+    taken.append(1)
+    if len(taken) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*rest)
+trainer.one_step = one_step
+try:
+    distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=1)
+except HdcacheError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_signal_to_one_process_stops_all(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, python: Python
+) -> None:
+    recipe = small_recipe(log_every=2)
+    ended = together(python, STOPPED, recipe.model_dump_json(), tmp_path / "a", tiny_store)
+    assert [code for code, _ in ended] == [75, 75], ended
+    assert "stopped by a signal to another process with epoch 0, step 4 saved in" in ended[0][1]
+    assert "stopped by SIGTERM with epoch 0, step 4 saved in" in ended[1][1]
+
+
+# One step
+
+
+class Sum(nn.Module):
+    """A loss that is linear in the batch: mean of w times the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        means = batch.images.mean((2, 3)) @ self.w
+        return {"a": means.mean(), "b": (means**2).mean()}
+
+
+def batch_of(count: int) -> Batch:
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, 4, 4, generator=noise)
+    tokens = Tokens(torch.zeros(count, 1, 2), torch.arange(count * 6).float().view(count, 3, 2))
+    targets: dict[str, dict[str, Tokens | torch.Tensor]] = {"t": {"final": tokens, "pooled": torch.arange(count)}}
+    return Batch(images, [str(i) for i in range(count)], torch.arange(count), targets, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("count", "pieces"), [(8, 1), (8, 2), (7, 3), (2, 5)])
+def test_pieces_are_the_batch_in_order(count: int, pieces: int) -> None:
+    batch = batch_of(count)
+    parts = list(split(batch, pieces))
+    assert len(parts) == min(pieces, count)
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert torch.cat([part.labels for part in parts]).tolist() == list(range(count))
+    assert [name for part in parts for name in part.ids] == batch.ids
+    tokens = [part.targets["t"]["final"] for part in parts]
+    assert torch.equal(torch.cat([t.patches for t in tokens]), batch.targets["t"]["final"].patches)  # type: ignore[union-attr]
+    assert torch.equal(torch.cat([part.targets["t"]["pooled"] for part in parts]), batch.labels)  # type: ignore[arg-type]
+
+
+def gradient(small_recipe: Make, count: int, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    module = Sum()
+    recipe = small_recipe(batch_size=count, **changes)
+    parts = one_step(
+        module,
+        module,
+        torch.optim.SGD(module.parameters(), lr=0.0),
+        batch_of(count),
+        recipe,
+        {"a": 1.0, "b": 2.0},
+        None,
+        CPU,
+    )
+    assert module.w.grad is not None
+    return module.w.grad.clone(), parts
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(small_recipe: Make) -> None:
+    whole, parts = gradient(small_recipe, 6)
+    assert parts["loss"] == pytest.approx(float(parts["a"] + 2 * parts["b"]))
+    for pieces in (2, 3, 6):
+        grad, pieced = gradient(small_recipe, 6, accumulate=pieces)
+        assert torch.allclose(grad, whole, rtol=1e-5)
+        assert all(float(pieced[name]) == pytest.approx(float(parts[name]), rel=1e-5) for name in parts)
+
+
+def test_gradients_are_clipped_as_a_whole(small_recipe: Make) -> None:
+    whole, _ = gradient(small_recipe, 6)
+    assert float(whole.norm()) > 0.02
+    clipped, _ = gradient(small_recipe, 6, clip_grad=0.01)
+    assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
+    assert torch.allclose(clipped / clipped.norm(), whole / whole.norm())
+    loose, _ = gradient(small_recipe, 6, clip_grad=100.0)
+    assert torch.equal(loose, whole)
+
+
+def test_accumulation_trains_the_same_student(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    for pieces in (1, 2):
+        run(small_recipe(accumulate=pieces), tmp_path / str(pieces), tiny_store)
+    for (_, one), (_, two) in zip(losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_only_matrices_decay(small_recipe: Make) -> None:
+    recipe = small_recipe(student__sincos_positions=False, student__arguments={"reg_tokens": 2, "init_values": 0.1})
+    student: Any = build_student(recipe.student, 0)
+    module = nn.ModuleDict({"student": student, "heads": nn.Linear(2, 2)})
+    optimizer, names = build_optimizer(module, recipe)
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    of = {id(parameter): name for name, parameter in module.named_parameters()}
+    assert [of[id(p)] for group in optimizer.param_groups for p in group["params"]] == names
+    decaying = {of[id(p)] for p in decayed["params"]}
+    assert all(name.endswith(("weight",)) and "norm" not in name for name in decaying)
+    rest = {of[id(p)] for p in plain["params"]}
+    assert {"student.cls_token", "student.reg_token", "student.pos_embed", "student.blocks.0.ls1.gamma"} <= rest
+    assert len(decaying | rest) == len(list(module.parameters()))
+
+
+def test_fixed_positions_are_not_optimized(small_recipe: Make) -> None:
+    _, names = build_optimizer(build_student(small_recipe().student, 0), small_recipe())
+    assert "cls_token" in names
+    assert "pos_embed" not in names
+
+
+def test_an_average_follows_its_momentum() -> None:
+    mean, value = nn.Linear(2, 2), nn.Linear(2, 2)
+    expected = 0.75 * mean.weight.detach() + 0.25 * value.weight.detach()
+    update_average(mean, value, 0.75)
+    assert torch.allclose(mean.weight, expected)
+    update_average(mean, value, 0.0)
+    assert torch.equal(mean.weight, value.weight)
+
+
+def test_the_averaged_student_is_written_beside_the_other(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    run(small_recipe(ema=0.9), tmp_path / "a", tiny_store)
+    run(small_recipe(ema=0.0), tmp_path / "b", tiny_store)
+    run(small_recipe(), tmp_path / "c", tiny_store)
+    assert weights(tmp_path / "a" / "ema") != weights(tmp_path / "a")
+    assert weights(tmp_path / "b" / "ema") == weights(tmp_path / "b")
+    assert not (tmp_path / "c" / "ema").exists()
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
+    assert json.loads((tmp_path / "a/ema/config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
+
+
+# The log
+
+
+def test_learning_rate_and_weight_decay_are_logged_as_scheduled(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make
+) -> None:
+    run(small_recipe(epochs=3, weight_decay_end=0.5, lr=0.001), tmp_path / "a", tiny_store)
+    log = lines(tmp_path / "a")
+    assert [line["step"] for line in log] == list(range(1, 13))
+    assert [line["lr"] for line in log][:5] == pytest.approx([0, 0.00025, 0.0005, 0.00075, 0.001])
+    assert log[-1]["lr"] < 0.0001
+    assert log[0]["weight_decay"] == pytest.approx(0.05)
+    assert 0.05 < log[6]["weight_decay"] < log[-1]["weight_decay"] < 0.5
+    assert [line["epoch"] for line in log] == [0] * 4 + [1] * 4 + [2] * 4
+    for line in log:
+        assert line["loss"] == pytest.approx(line["qk"] + line["vv"], rel=1e-5)
+        assert line["samples_per_second"] > 0
+        assert 0 <= line["wait_share"] <= 1
+
+
+def test_log_lines_hold_the_mean_of_their_interval(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    run(small_recipe(log_every=1), tmp_path / "each", tiny_store)
+    run(small_recipe(log_every=3), tmp_path / "some", tiny_store)
+    each = dict(losses(tmp_path / "each"))
+    expected = [(1, each[1]), (3, (each[2] + each[3]) / 2), (6, (each[4] + each[5] + each[6]) / 3)]
+    assert [step for step, _ in losses(tmp_path / "some")] == [1, 3, 6]
+    for (_, got), (_, wanted) in zip(losses(tmp_path / "some"), expected, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-6)
+
+
+def test_tensorboard_is_written(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    run(small_recipe(), tmp_path / "a", tiny_store)
+    (events,) = (tmp_path / "a" / "tensorboard").glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert b"train/loss" in content
+    assert b"train/lr" in content
+
+
+def test_without_tensorboard_training_goes_on(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard.writer", None)
+    run(small_recipe(epochs=1, warmup_epochs=0), tmp_path / "a", tiny_store)
+    assert not (tmp_path / "a" / "tensorboard").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def broken(*rest: Any) -> dict[str, torch.Tensor]:
+        parts = one_step(*rest)
+        taken.append(1)
+        return {name: value * math.nan if len(taken) == 6 else value for name, value in parts.items()}
+
+    monkeypatch.setattr(trainer, "one_step", broken)
+    with pytest.raises(
+        HdcacheError, match=r"the loss is nan at step 8; the last saved state is kept: lower the learning"
+    ):
+        run(small_recipe(log_every=50), tmp_path / "a", tiny_store)
+    monkeypatch.undo()
+    assert run(small_recipe(log_every=50), tmp_path / "a", tiny_store)["resumed_at"] == 4
+    run(small_recipe(log_every=50), tmp_path / "b", tiny_store)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_learning_rate_that_is_far_too_high(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    with pytest.raises(HdcacheError, match=r"the loss is nan at step \d; .*in a new --out folder"):
+        run(small_recipe(lr=1e30, warmup_epochs=0), tmp_path / "a", tiny_store)
+    assert all(math.isfinite(loss) for _, loss in losses(tmp_path / "a"))
+
+
+# Arithmetic
+
+
+def test_mixed_precision_runs_on_a_cpu(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    exact = run(small_recipe(), tmp_path / "exact", tiny_store)
+    mixed = run(small_recipe(amp="bf16"), tmp_path / "mixed", tiny_store)
+    assert (exact["amp"], mixed["amp"]) == ("None", "torch.bfloat16")
+    assert mixed["loss"] != exact["loss"]
+    assert mixed["loss"] == pytest.approx(exact["loss"], rel=0.1)
+    assert all(value.dtype == torch.float32 for value in load_file(tmp_path / "mixed" / "student.safetensors").values())
+
+
+def test_mixed_precision_is_what_the_recipe_says(small_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert autocast_precision(small_recipe(amp="off"), CPU) is None
+    assert autocast_precision(small_recipe(amp="bf16"), CPU) is torch.bfloat16
+    for native, expected in (("bf16", torch.bfloat16), ("fp32", None)):
+        monkeypatch.setattr(trainer, "choose_precision", lambda *_, native=native: native)
+        assert autocast_precision(small_recipe(amp="auto"), CPU) is expected
+
+
+def test_no_epochs_write_the_untrained_student(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    recipe = small_recipe(epochs=0, warmup_epochs=0)
+    result = run(recipe, tmp_path / "a", tiny_store)
+    assert (result["steps"], result["loss"]) == (0, None)
+    json.dumps(result, allow_nan=False)
+    assert "NaN" not in (tmp_path / "a" / "run.json").read_text()
+    written = load_file(tmp_path / "a" / "student.safetensors")
+    untrained = build_student(recipe.student, recipe.seed).state_dict()
+    assert written.keys() == untrained.keys()
+    assert all(torch.equal(written[key], untrained[key]) for key in written)
+    assert lines(tmp_path / "a") == []
+
+
+def test_the_last_block_of_relation_distillation_keeps_its_tail(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make
+) -> None:
+    recipe = small_recipe()
+    assert run(recipe, tmp_path / "a", tiny_store)["last_trained"] == "block2.out"
+    written, start = load_file(tmp_path / "a" / "student.safetensors"), build_student(recipe.student, 0).state_dict()
+    same = {key for key in start if torch.equal(written[key], start[key])}
+    assert {"blocks.2.mlp.fc1.weight", "blocks.2.attn.proj.weight", "norm.weight", "pos_embed"} <= same
+    assert not {"blocks.2.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "cls_token"} & same
+
+
+def test_the_trainer_is_what_the_run_calls() -> None:
+    assert train.__module__ == "hdcache.distill.trainer"

@@ -1,0 +1,159 @@
+"""The rows of one teacher and view: what is left to do, what a shard holds, and what is never written again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hdcache.errors import StoreCorrupt
+from hdcache.extract.writer import Row, ViewWriter, is_recorded, write_once
+from hdcache.reader import TeacherReader, read_geometry, read_shard_geometry
+from hdcache.store import Store
+from hdcache.views import row_order
+
+Tree = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def writer(sealed_store: Path) -> ViewWriter:
+    """A writer of view 1 of a store of 20 samples in shards of 8, whose view 0 is sealed."""
+    store = Store.open(sealed_store)
+    reader = TeacherReader(store, "t")
+    return ViewWriter(store, reader.record, reader.encoders, 1)
+
+
+def rows_of(writer: ViewWriter, shard: int) -> list[Row]:
+    order = row_order(20, writer.store.card.views.seed, writer.view)[shard * 8 : shard * 8 + 8]
+    pixels = np.zeros((3, 4, 4), np.uint8)
+    return [Row(int(sample), pixels, (0, 1, 2, 3), True, (9, 8), bytes([int(sample)] * 32)) for sample in order]
+
+
+def parts_for(writer: ViewWriter, rows: int, value: int) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        tap: {name: np.full((rows, *card.shape), value, card.dtype) for name, card in encoder.card.arrays.items()}
+        for tap, encoder in writer.encoders.items()
+    }
+
+
+def write(
+    writer: ViewWriter, shard: int, value: int = 1, failed: dict[int, str] | None = None, unread: bool = True
+) -> int:
+    """Write a shard whose values all are ``value``; ``failed`` rows have no pixels if ``unread``."""
+    rows = rows_of(writer, shard)
+    for row, reason in (failed or {}).items():
+        if unread:
+            rows[row - 8 * shard] = Row(rows[row - 8 * shard].sample, None, reason=reason)
+    return writer.write(shard, rows, parts_for(writer, len(rows), value), failed or {}, 0)
+
+
+def complete(writer: ViewWriter, **changes: dict[int, str]) -> None:
+    writer.open()
+    for shard in writer.todo():
+        write(writer, shard, failed={k: v for k, v in changes.get("failed", {}).items() if k // 8 == shard})
+    writer.seal()
+
+
+def test_making_a_writer_writes_nothing(sealed_store: Path, tree: Tree) -> None:
+    before = tree(sealed_store)
+    store = Store.open(sealed_store)
+    reader = TeacherReader(store, "t")
+    assert ViewWriter(store, reader.record, reader.encoders, 1).todo() == [0, 1, 2]
+    assert tree(sealed_store) == before
+
+
+def test_what_is_written_is_what_is_read(writer: ViewWriter) -> None:
+    complete(writer)
+    assert writer.todo() == []
+    store = Store.open(writer.store.path)
+    assert store.views("t") == [0, 1]
+    geometry, digests = read_geometry(store, 1)
+    assert np.array_equal(geometry[:, 0], row_order(20, 3, 1))
+    assert (geometry[:, 1:] == [0, 1, 2, 3, 1, 9, 8]).all()
+    assert np.array_equal(digests[:, 5], geometry[:, 0])
+    for arrays in (TeacherReader(store, "t").rows(1, tap, 0, 20) for tap in writer.encoders):
+        assert all((value == 1).all() and len(value) == 20 for value in arrays.values())
+
+
+def test_a_shard_counts_its_bytes(writer: ViewWriter) -> None:
+    writer.open()
+    assert write(writer, 2) == sum(entry.size for entry in writer.ledger.receipt(2).objects.values())  # type: ignore[union-attr]
+    assert writer.todo() == [0, 1]
+
+
+def test_a_view_with_missing_shards_is_not_sealed(writer: ViewWriter) -> None:
+    writer.open()
+    write(writer, 0)
+    with pytest.raises(StoreCorrupt, match="receipts cover 8 of 20 rows; run the same 'hdcache extract' again"):
+        writer.seal()
+    assert not writer.ledger.sealed
+
+
+def test_a_lost_object_makes_its_shard_work_again(writer: ViewWriter, tree: Tree) -> None:
+    complete(writer)
+    before = tree(writer.store.path)
+    victim = next(iter((writer.ledger.folder / "final").glob("values/c.1*")))
+    victim.unlink()
+    assert writer.todo() == [1]
+    complete(writer)
+    assert tree(writer.store.path) == before
+
+
+def test_a_retry_replaces_a_shard_only_where_it_mends_something(writer: ViewWriter, tree: Tree) -> None:
+    complete(writer, failed={9: "torn", 12: "gone"})
+    assert writer.todo() == [1]
+    before = tree(writer.store.path)
+    assert write(writer, 1, 2, {9: "torn", 12: "gone"}) == 0
+    assert write(writer, 1, 2, {9: "torn", 13: "gone"}) == 0
+    assert write(writer, 1, 2, {9: "torn", 12: "gone", 13: "gone"}) == 0
+    assert tree(writer.store.path) == before
+    assert write(writer, 1, 2, {9: "torn"}) > 0
+    assert not writer.ledger.sealed
+    assert writer.ledger.receipt(1).failed == {9: "torn"}  # type: ignore[union-attr]
+    assert write(writer, 1, 3) > 0
+    assert writer.todo() == []
+
+
+def test_recorded_geometry_survives_a_row_that_cannot_be_read_any_more(writer: ViewWriter) -> None:
+    complete(writer, failed={9: "torn"})
+    before, _ = read_geometry(writer.store, 1)
+    assert not is_recorded(before[9])
+    assert is_recorded(before).sum() == 19
+    rows = rows_of(writer, 1)
+    rows[4] = Row(rows[4].sample, None, reason="gone")
+    rows[2] = replace(rows[2], box=(5, 5, 5, 5))
+    writer._write_geometry(1, (8, 16), rows)
+    found = read_shard_geometry(writer.store, 1, 1)
+    assert found is not None
+    assert found[0][1].tolist() == [rows[1].sample, 0, 1, 2, 3, 1, 9, 8]
+    others = [i for i in range(8) if i != 1]
+    assert np.array_equal(found[0][others], before[8:16][others])
+    assert writer.geometry.receipt(1).failed == {}  # type: ignore[union-attr]
+
+
+def test_a_row_that_was_read_but_has_no_finite_features_is_recorded(writer: ViewWriter) -> None:
+    writer.open()
+    write(writer, 0, failed={3: "not finite"}, unread=False)
+    found = read_shard_geometry(writer.store, 1, 0)
+    assert found is not None
+    assert is_recorded(found[0]).all()
+    assert writer.geometry.receipt(0).failed == {}  # type: ignore[union-attr]
+
+
+def test_sealing_twice_changes_nothing(writer: ViewWriter, tree: Tree) -> None:
+    complete(writer)
+    stamps = {path: path.stat().st_mtime_ns for path in writer.store.path.rglob("*") if path.is_file()}
+    complete(writer)
+    assert stamps == {path: path.stat().st_mtime_ns for path in writer.store.path.rglob("*") if path.is_file()}
+
+
+def test_a_small_file_is_written_once(tmp_path: Path) -> None:
+    first = write_once(tmp_path / "a" / "zarr.json", b"{}")
+    stamp = (tmp_path / "a" / "zarr.json").stat().st_mtime_ns
+    assert write_once(tmp_path / "a" / "zarr.json", b"{}") == first
+    assert (tmp_path / "a" / "zarr.json").stat().st_mtime_ns == stamp
+    assert write_once(tmp_path / "a" / "zarr.json", b"{ }").size == 3
+    assert (tmp_path / "a" / "zarr.json").read_bytes() == b"{ }"
