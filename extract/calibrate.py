@@ -14,8 +14,8 @@ from hdcache.encodings import Encoder, fit
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.extract.engine import decode_row, finite_rows, shard_rows
 from hdcache.relations import relation_kl
-from hdcache.schema import ArrayCard, StoredObject, TapRequest, TeacherRecord
-from hdcache.store import Store
+from hdcache.schema import About, ArrayCard, StoredObject, TapRequest, TeacherRecord
+from hdcache.store import ABOUT, Store
 from hdcache.taps import Tokens, attention_of, parse_tap, relation_of_qkv
 from hdcache.teachers import Teacher
 
@@ -89,7 +89,8 @@ def write_record(
     for group in sorted(groups):
         objects[f"{group}/zarr.json"] = durable_write(folder / group / "zarr.json", group_metadata({}))
     record = record.model_copy(update={"objects": dict(sorted(objects.items()))})
-    durable_write(folder / "zarr.json", group_metadata(record.model_dump(mode="json")))
+    durable_write(folder / ABOUT, About(source=record.source).canonical())
+    durable_write(folder / "zarr.json", group_metadata(record.model_dump(mode="json") | {"source": ""}))
     return record
 
 

@@ -26,7 +26,7 @@ from hdcache.progress import Progress, size
 from hdcache.reader import TeacherReader
 from hdcache.schema import StoreCard, TapRequest, TeacherRecord, ViewSpec, differences
 from hdcache.store import Store, write_lock
-from hdcache.teachers import Teacher, choose_device, load_teacher, split_name
+from hdcache.teachers import Teacher, absolute_spec, choose_device, load_teacher, split_name
 from hdcache.views import parse_views
 
 
@@ -116,7 +116,7 @@ def extract(
             )
             requests = [request(tap, encoding, fidelity) for tap in dict.fromkeys(taps or default_taps(teacher))]
             record, encoders = open_or_calibrate(
-                opened, dataset, teacher, requests, known, threads=workers, source=split_name(spec)[1]
+                opened, dataset, teacher, requests, known, threads=workers, source=absolute_spec(split_name(spec)[1])
             )
             pipeline = Pipeline(opened, dataset, teacher, threads=workers, max_failures=max_failures)
             started = time.perf_counter()
@@ -145,12 +145,17 @@ def open_or_create(
             views=asked,
             rows_per_shard=shard,
             rows_per_chunk=min(8, shard),
-            written_with={name: version(name) for name in ("hdcache", "zarr", "numcodecs", "numpy", "pillow")},
         )
         with write_lock(path / ".lock"):
             # Another process may have been faster; its store is then held to the same settings.
             if not (path / "zarr.json").is_file():
-                return dataset, Store.create(path, card, list(dataset.ids), dataset.labels)
+                return dataset, Store.create(
+                    path,
+                    card,
+                    list(dataset.ids),
+                    dataset.labels,
+                    written_with={name: version(name) for name in ("hdcache", "zarr", "numcodecs", "numpy", "pillow")},
+                )
     store = Store.open(path)
     known = store.card.dataset
     try:

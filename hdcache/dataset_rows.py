@@ -25,7 +25,7 @@ class Row(NamedTuple):
     id: str
     label: str | int | None
     content: str
-    """Size in bytes or content digest: what the fingerprint knows of the image."""
+    """What the fingerprint knows of the image beside its id: a digest of arrays, nothing of files."""
     place: Any
     """What ``fetch`` needs to read it."""
 

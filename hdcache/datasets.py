@@ -68,8 +68,9 @@ def open_dataset(spec: str, *, classes: Sequence[str] | None = None, cache: Path
     holds listings of folders and tars (default ``$HDCACHE_CACHE`` or ``~/.cache/hdcache``). A directory is read
     again when its mtime changed, so a file that was rewritten in place is noticed only after ``touch``-ing it.
 
-    The fingerprint covers id, label and size in bytes of each sample (npz: sha256 of the pixels; torchvision: the
-    class and its options), never where the data lies or in which order it was listed.
+    The fingerprint covers id and label of each sample (npz: sha256 of the pixels too; torchvision: the class and its
+    options), never where the data lies or in which order it was listed. The contents of files are not in it: a damaged
+    file may be mended in place, and stores hold the sha256 of every image that they have read.
 
     :class:`UsageError` for a spec that cannot be meant, duplicate ids or bad labels; :class:`InputNotFound` for
     data that is missing, empty or damaged.
@@ -106,7 +107,7 @@ def _folder(spec: Spec, classes: Sequence[str] | None, listings: Path) -> Datase
             f"{spec.text!r}: images lie both in the root ({loose}) and in class directories ({nested});"
             " move the former into a directory of their own"
         )
-    rows = [Row(path, nfc(path.split("/", 1)[0]) if nested else None, str(size), path) for path, size in images]
+    rows = [Row(path, nfc(path.split("/", 1)[0]) if nested else None, "", path) for path, _ in images]
     return assemble(spec, rows, lambda place: Path(spec.path, place).read_bytes(), classes)
 
 
@@ -139,7 +140,7 @@ def _tar(spec: Spec, classes: Sequence[str] | None, listings: Path) -> Dataset:
             raise InputNotFound(f"{spec.text!r}: cannot read {path}: {error.strerror or error}") from None
         name = os.path.basename(path)
         for key, member, offset, size, label in samples:
-            rows.append(Row(f"{name}/{key}", label, str(size), Member(path, stamp, member, offset, size)))
+            rows.append(Row(f"{name}/{key}", label, "", Member(path, stamp, member, offset, size)))
     if not rows:
         raise InputNotFound(f"{spec.text!r}: no images (.{' .'.join(EXTENSIONS)}) in {len(shards)} tar files")
     return assemble(spec, rows, _read_member, classes)

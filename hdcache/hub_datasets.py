@@ -57,7 +57,7 @@ def hugging_face(spec: Spec, classes: Sequence[str] | None) -> Listed:
             size = os.path.getsize(paths[row])
         if ids[row] in (None, ""):
             raise UsageError(f"{spec.text!r}: row {row} has no value in the id column {id_column!r}")
-        rows.append(Row(str(ids[row]), checked_label(values[row], f"{spec.text!r}, row {row}"), str(size), row))
+        rows.append(Row(str(ids[row]), checked_label(values[row], f"{spec.text!r}, row {row}"), "", row))
     only = data.select_columns([image])
 
     def fetch(place: int) -> bytes:

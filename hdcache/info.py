@@ -22,7 +22,7 @@ def describe_store(store: Store) -> dict[str, Any]:
         "views": card.views.model_dump(mode="json"),
         "rows_per_shard": card.rows_per_shard,
         "rows_per_chunk": card.rows_per_chunk,
-        "written_with": card.written_with,
+        "written_with": store.about.written_with,
         "teachers": {name: _teacher(store, name) for name in store.teachers()},
     }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from hdcache.arrays import durable_write, read_json, read_record, sync_folder
 from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.schema import Manifest, Receipt, StoredObject
-from hdcache.store import Store, is_view
+from hdcache.store import ABOUT, Store, is_view
 
 RECEIPTS, MANIFEST, _SAMPLES = "receipts", "manifest.json", "samples/receipt.json"
 
@@ -183,7 +183,7 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int], None]
     for base, _, names in os.walk(store.path):
         for name in names:
             key = (Path(base) / name).relative_to(store.path).as_posix()
-            own = name in (MANIFEST, "zarr.json") or f"/{RECEIPTS}/" in key or name.endswith((".lock", ".owner"))
+            own = name in (MANIFEST, "zarr.json", ABOUT) or f"/{RECEIPTS}/" in key or name.endswith((".lock", ".owner"))
             if key not in listed and key not in records and not own:
                 result.unlisted.append(key)
     return result

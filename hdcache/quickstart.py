@@ -83,7 +83,7 @@ def run_quickstart(out: Path, *, quiet: bool = False) -> dict[str, Any]:
     cached = train_run(
         "Token relations (TinyMIM) from the store", "tinymim-tiny", "student-relations", relation, store=store
     )
-    feature = relation | {"objective.strategy": "feature"}
+    feature = relation | {"objective.strategy": "feature", "objective.feature": "final"}
     train_run("Features from the store", "tinymim-tiny", "student-features", feature, store=store)
     short = relation | {"epochs": 2, "warmup_epochs": 1}
     online = train_run(

@@ -19,7 +19,7 @@ from hdcache.errors import StoreCorrupt, UsageError
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-KEY = re.compile(r"[A-Za-z0-9._/-]{1,512}")
+KEY = re.compile(r"[A-Za-z0-9._@/-]{1,512}")
 # A row beyond this is no feature; it bounds what a hostile record can make a reader allocate.
 MAX_VALUES = 1 << 32
 
@@ -79,11 +79,11 @@ def check_key(key: str) -> str:
 class DatasetCard(Record):
     """What a data set is, wherever it lies."""
 
-    spec: str
-    """Where it was when the store was made (``folder:/data/train``). Not part of any identity: data may move."""
+    spec: str = ""
+    """Where it is (``folder:/data/train``). Not part of any identity, and kept apart on disk: data may move."""
     kind: Literal["folder", "tar", "hf", "torchvision", "npz"]
     fingerprint: str
-    """sha256 over the sorted (id, label name, size or content digest) of every sample."""
+    """sha256 over the sorted (id, label name, digest of arrays) of every sample."""
     count: int = Field(ge=1, le=MAX_VALUES)
     classes: tuple[str, ...] = ()
     """Class names; ``label`` arrays index into them, -1 where a sample has none."""
@@ -220,6 +220,17 @@ class TapCard(Record):
         return self
 
 
+class About(Record):
+    """What may change without changing a store: where things came from. ``about.json``, which no seal covers."""
+
+    data: str = ""
+    """Spec of the data set when the store was made."""
+    source: str = ""
+    """Where a teacher's weights came from."""
+    written_with: dict[str, str] = {}
+    """Versions of what wrote it (hdcache, zarr, pillow ...)."""
+
+
 class TapRequest(Record):
     """A tap as asked for: the part of a tap's identity that exists before calibration."""
 
@@ -236,8 +247,6 @@ class StoreCard(Record):
     views: ViewSpec
     rows_per_shard: int = Field(default=256, ge=1, le=1_000_000)
     rows_per_chunk: int = Field(default=8, ge=1, le=1_000_000)
-    written_with: dict[str, str] = {}
-    """Versions of what wrote it (hdcache, zarr, pillow ...); not part of any identity."""
 
     @model_validator(mode="after")
     def _whole_chunks(self) -> Self:

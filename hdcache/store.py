@@ -2,7 +2,7 @@
 
 ::
 
-    STORE/zarr.json                         attributes.hdcache: StoreCard
+    STORE/zarr.json                         attributes.hdcache: StoreCard; about.json: where the data was
     STORE/samples/{id_bytes,id_offsets,label}
     STORE/views/K/{geometry,source_digest}  one row per (sample, view K), in the view's own order
     STORE/teachers/NAME/zarr.json           attributes.hdcache: TeacherRecord
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -30,16 +30,26 @@ from numpy.typing import NDArray
 
 from hdcache.arrays import ArrayReader, durable_write, group_metadata, read_attributes, read_json, write_constant
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
-from hdcache.schema import FORMAT, NAME, Receipt, StoreCard, StoredObject, TeacherRecord, check_name
+from hdcache.schema import FORMAT, NAME, About, Receipt, StoreCard, StoredObject, TeacherRecord, check_name
 
+ABOUT = "about.json"
 GEOMETRY_COLUMNS = ("sample", "left", "top", "width", "height", "flip", "source_width", "source_height")
+
+
+def read_about(folder: Path) -> About:
+    """Where a store or a teacher came from; empty where that was lost, since nothing rests on it."""
+    try:
+        return About.parse(read_json(folder / ABOUT), folder / ABOUT)
+    except StoreCorrupt:
+        return About()
 
 
 class Store:
     """A store folder, opened. Cheap: reads only the root record until something is asked for."""
 
-    def __init__(self, path: Path, card: StoreCard) -> None:
-        self.path, self.card = path, card
+    def __init__(self, path: Path, card: StoreCard, about: About) -> None:
+        data = card.dataset.model_copy(update={"spec": about.data})
+        self.path, self.card, self.about = path, card.model_copy(update={"dataset": data}), about
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -71,10 +81,17 @@ class Store:
             raise StoreMismatch(
                 f"{root}: store format {version}, this hdcache reads up to {FORMAT}; 'pip install -U hdcache'"
             )
-        return cls(root, StoreCard.parse(record, root / "zarr.json"))
+        return cls(root, StoreCard.parse(record, root / "zarr.json"), read_about(root))
 
     @classmethod
-    def create(cls, path: str | Path, card: StoreCard, ids: Sequence[str], labels: NDArray[np.int64]) -> Store:
+    def create(
+        cls,
+        path: str | Path,
+        card: StoreCard,
+        ids: Sequence[str],
+        labels: NDArray[np.int64],
+        written_with: Mapping[str, str] | None = None,
+    ) -> Store:
         """Create a store with its samples; the root record is written last, so a half-made store is never opened."""
         root = Path(path).expanduser()
         if not len(ids) == len(labels) == card.dataset.count:
@@ -82,7 +99,7 @@ class Store:
         if (root.exists() and not root.is_dir()) or (root / "zarr.json").exists():
             raise StoreMismatch(f"{root}: exists already; give --store another folder")
         if root.is_dir() and any(
-            entry.name not in ("samples", "views", "teachers") and not entry.name.startswith(".")
+            entry.name not in ("samples", "views", "teachers", ABOUT) and not entry.name.startswith(".")
             for entry in root.iterdir()
         ):
             raise StoreMismatch(f"{root}: not empty and not a store; give --store another folder")
@@ -99,8 +116,11 @@ class Store:
         durable_write(root / "samples" / "receipt.json", receipt.canonical())
         for group in ("samples", "views", "teachers"):
             durable_write(root / group / "zarr.json", group_metadata({}))
-        durable_write(root / "zarr.json", group_metadata(card.model_dump(mode="json")))
-        return cls(root, card)
+        about = About(data=card.dataset.spec, written_with=dict(written_with or {}))
+        durable_write(root / ABOUT, about.canonical())
+        lasting = card.model_copy(update={"dataset": card.dataset.model_copy(update={"spec": ""})})
+        durable_write(root / "zarr.json", group_metadata(lasting.model_dump(mode="json")))
+        return cls(root, card, about)
 
     def _sample_array(self, name: str, count: int | None, dtype: str) -> NDArray[np.generic]:
         listed = Receipt.parse(
@@ -151,7 +171,7 @@ class Store:
         record = TeacherRecord.parse(read_attributes(path), path)
         if record.name != name:
             raise StoreCorrupt(f"{path}: the record of teacher {record.name!r}; rename the folder back to that")
-        return record
+        return record.model_copy(update={"source": read_about(path.parent).source})
 
     def views(self, teacher: str) -> list[int]:
         """Sealed views of a teacher, ascending."""

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
@@ -108,6 +110,17 @@ def split_name(spec: str) -> tuple[str, str]:
         return check_name(head, "teacher"), rest
     base = spec.partition("?")[0].rstrip("/").rpartition("/")[2].rpartition(":")[2]
     return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "teacher", "teacher"), spec
+
+
+def absolute_spec(spec: str) -> str:
+    """``spec`` with absolute paths, so that it still means the same in another working directory."""
+
+    def resolved(path: str) -> str:
+        return str(Path(unquote(path)).expanduser().resolve())
+
+    if "?" not in spec and Path(spec).expanduser().exists():
+        return resolved(spec)
+    return re.sub(r"(?<=[?&]checkpoint=)[^&]+", lambda found: quote(resolved(found[0]), safe="/"), spec)
 
 
 def load_teacher(

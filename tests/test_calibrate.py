@@ -179,4 +179,6 @@ def test_the_record_is_read_back_as_it_was_written(
     for name, value in weights.items():
         assert np.array_equal(reader.weights[name], value)
     listed = {f"teachers/t/{key}" for key in written.objects}
-    assert listed | {"teachers/t/zarr.json"} == {key for key in first if key.startswith("teachers/t/")}
+    assert listed | {"teachers/t/zarr.json", "teachers/t/about.json"} == {
+        key for key in first if key.startswith("teachers/t/")
+    }

@@ -99,7 +99,7 @@ def test_another_kind_of_objective_keeps_nothing_of_the_old_one() -> None:
         ),
         ({"jitter": {"hue": 0.1}}, "unknown field 'jitter.hue'; choose from: brightness, contrast, saturation"),
         ({"epochs": {"x": 1}}, r"epochs: Input should be a valid integer \(found {'x': 1}\)"),
-        ({"epochs": 0}, r"epochs: Input should be greater than or equal to 1 \(found 0\)"),
+        ({"epochs": -1}, r"epochs: Input should be greater than or equal to 0 \(found -1\)"),
         ({"amp": "fp16"}, r"amp: Input should be 'auto', 'bf16' or 'off' \(found 'fp16'\)"),
         ({"objective": {"kind": "dino"}}, "objective: Input tag 'dino' found using 'kind' does not match any"),
         (
@@ -112,8 +112,8 @@ def test_another_kind_of_objective_keeps_nothing_of_the_old_one() -> None:
         ),
         ({"student": {"drop_path": 1.0}}, "student.drop_path: Input should be less than 1"),
         ({"min_lr": float("inf")}, "min_lr: Input should be a finite number"),
-        ({"epochs": 0, "epoch": 1}, "epochs: .*; unknown field 'epoch'"),
-        ({"epochs": 0}, r"\('hdcache recipes show NAME' explains every field\)$"),
+        ({"epochs": -1, "epoch": 1}, "epochs: .*; unknown field 'epoch'"),
+        ({"epochs": -1}, r"\('hdcache recipes show NAME' explains every field\)$"),
     ],
 )
 def test_every_fault_names_its_field(changes: dict[str, Any], message: str) -> None:

@@ -219,9 +219,11 @@ def test_fingerprint_follows_the_data_and_not_its_place(tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "two")
     assert open_dataset(str(tmp_path / "two")).card.fingerprint == first
     (tmp_path / "two/b/2.png").write_bytes(png(1, 9))
-    resized = open_dataset(str(tmp_path / "two")).card.fingerprint
+    assert open_dataset(str(tmp_path / "two")).card.fingerprint == first, "a file may be mended"
+    (tmp_path / "two/b/2.png").rename(tmp_path / "two/b/3.png")
+    renamed = open_dataset(str(tmp_path / "two")).card.fingerprint
     (root / "b").rename(root / "c")
-    assert len({first, resized, open_dataset(str(root)).card.fingerprint}) == 3
+    assert len({first, renamed, open_dataset(str(root)).card.fingerprint}) == 3
 
 
 # ------------------------------------------------------------------------------------- cached listings

@@ -414,16 +414,27 @@ def test_an_image_that_changed_between_teachers_is_a_failed_row(
     assert "the image changed since its view was recorded" in summary.failed["a/00.png"]
 
 
-def test_a_file_of_another_size_makes_another_data_set(
+def test_a_file_mended_to_another_size_is_retried(
     tmp_path: Path, tiny: str, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_folder(tmp_path / "d", 8)
     (root / "a/00.png").write_bytes(b"")
-    run(root, tmp_path / "s", f"t={tiny}")
+    assert len(run(root, tmp_path / "s", f"t={tiny}").failed) == 1
     make_folder(root, 8)
     monkeypatch.setenv("HDCACHE_CACHE", str(tmp_path / "fresh"))
-    with pytest.raises(StoreMismatch, match="the same samples, but labels or contents have changed"):
-        run(root, tmp_path / "s", f"t={tiny}")
+    mended = run(root, tmp_path / "s", f"t={tiny}")
+    assert (len(mended.failed), mended.teachers["t"]["failed_rows"]) == (0, 0)
+
+
+def test_the_manifest_does_not_depend_on_where_the_data_lies(
+    tmp_path: Path, tiny: str, make_folder: Callable[..., Path]
+) -> None:
+    """Two copies of a data set in two folders give stores with equal manifests; where they came from is kept apart."""
+    first, second = (make_folder(tmp_path / name / "d", 8) for name in ("one", "two"))
+    runs = [run(root, root.parent / "s", f"t={tiny}") for root in (first, second)]
+    assert runs[0].teachers["t"]["manifests"] == runs[1].teachers["t"]["manifests"]
+    stores = [Store.open(root.parent / "s") for root in (first, second)]
+    assert [store.card.dataset.spec for store in stores] == [f"folder:{first}", f"folder:{second}"]
 
 
 def test_max_failures_stops_and_a_rerun_goes_on(tmp_path: Path, tiny: str, make_folder: Callable[..., Path]) -> None:

@@ -26,7 +26,7 @@ from hdcache.store import Store, is_view, write_lock
 
 def card(count: int) -> StoreCard:
     dataset = DatasetCard(spec="folder:/x", kind="folder", fingerprint="0" * 64, count=count, classes=("a", "ü"))
-    return StoreCard(dataset=dataset, views=ViewSpec(seed=4), written_with={"zarr": "3"})
+    return StoreCard(dataset=dataset, views=ViewSpec(seed=4))
 
 
 def edit(path: Path, **changes: Any) -> None:
