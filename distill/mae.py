@@ -26,7 +26,7 @@ from hdcache.schema import Record, TeacherCard
 from hdcache.taps import Tokens, forward_taps
 
 if TYPE_CHECKING:
-    from hdcache.loader import Batch
+    from hdcache.batch import Batch
 
 NORM_EPS = 1e-6
 

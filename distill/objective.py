@@ -19,7 +19,7 @@ from hdcache.schema import TeacherCard
 from hdcache.taps import Tokens, forward_taps, num_blocks
 
 if TYPE_CHECKING:
-    from hdcache.loader import Batch
+    from hdcache.batch import Batch
 
 Taps = Mapping[str, Tokens | Tensor]
 

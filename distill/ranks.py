@@ -28,7 +28,8 @@ def join_ranks() -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Each device has its own: a run on CPUs of a machine with GPUs must not wait for NCCL.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     return Ranks(torch.distributed.get_rank(), world)
@@ -52,10 +53,9 @@ def stop_asked(ranks: Ranks, step: int, every: int) -> bool:
     """Whether any rank was asked to stop; several ranks agree on it at log steps only, to stay in step."""
     if ranks.world == 1:
         return stopping.requested()
-    if step % every:
+    # A scheduler kills half a minute after it asks; ten steps are seldom longer, and a reduction each step would stall.
+    if step % min(every, 10):
         return False
     flag = torch.tensor(float(stopping.requested()))
-    if torch.distributed.get_backend() == "nccl":
-        flag = flag.cuda()
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag.item())

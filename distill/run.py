@@ -9,8 +9,8 @@ Objectives without a teacher (``supervised``, ``mae``) need no store: ``--data f
 from __future__ import annotations
 
 import json
-import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hdcache import draws
+from hdcache.arrays import durable_write
 from hdcache.backbones import save_student
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.changes import merge, nested_changes, validated
-from hdcache.distill.ranks import Ranks, join_ranks, leave_ranks, rank_device
+from hdcache.distill.ranks import join_ranks, leave_ranks, rank_device
 from hdcache.distill.recipes import get_recipe, recipe_from_file
 from hdcache.distill.settings import Recipe
 from hdcache.distill.student import build_student, student_input
 from hdcache.distill.trainer import Outcome, autocast_precision, train
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.loader import Loader, Options
+from hdcache.resources import available_cores
 from hdcache.schema import TeacherCard, ViewSpec
 from hdcache.store import Store, write_lock
 from hdcache.taps import num_blocks
@@ -79,6 +82,10 @@ def distill(
         what is also in ``out/run.json``: steps, seconds, samples per second, share of time waiting for data, loss.
     """
     plan = resolve(recipe, overrides)
+    if views is not None and store is not None:
+        raise UsageError(
+            "--views draws views where there is no store; with --store its own are used: leave --views out"
+        )
     folder = Path(out).expanduser()
     check_settings(folder, online=online, teachers=teachers, num_views=num_views, threads=threads)
     ranks = join_ranks()
@@ -105,17 +112,21 @@ def distill(
     last_trained = plan.objective.last_trained(num_blocks(student))
     generator = torch.Generator().manual_seed(draws.integer_seed(plan.seed, "heads"))
     heads = plan.objective.build(student, cards, len(dataset.card.classes), generator)
-    stored, running = open_targets(opened, wanted, live=live, device=where)
+    stored, running = open_targets(
+        opened, wanted, live=live, device=where, dtype=target_dtype(plan, opened, wanted, where)
+    )
     options = Options(
         batch_size=plan.batch_size,
         preprocessing=student_input(student),
         seed=plan.seed,
         buffer_rows=plan.buffer_rows,
         jitter=(plan.jitter.brightness, plan.jitter.contrast, plan.jitter.saturation) if plan.jitter else None,
-        drop_last=ranks.world > 1,
+        # The same steps for any number of processes, and as the released code does.
+        drop_last=True,
+        pieces=plan.accumulate,
         rank=ranks.rank,
         world=ranks.world,
-        threads=threads or default_threads(ranks),
+        threads=available_cores() if threads is None else threads,
         device=where,
     )
     loader = Loader(
@@ -128,31 +139,46 @@ def distill(
         num_views=num_views,
         teachers=list(wanted),
     )
-    about = identity(plan, dataset, opened, loader, wanted, online)
+    about = identity(plan, dataset, opened, loader, wanted, online) | {
+        "precision": str(autocast_precision(plan, where))
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with write_lock(folder / f".lock-{ranks.rank}"):
         started = time.time()
-        outcome, averaged = train(
-            plan, plan.objective, student, heads, loader, folder, device=where, ranks=ranks, about=about, quiet=quiet
-        )
-        result = report(plan, outcome, dataset, opened, about, loader, where, started, last_trained)
-        if ranks.first:
-            arguments = plan.student.arguments
+
+        def publish(averaged: nn.Module | None) -> None:
             facts = {"recipe": plan.model_dump(mode="json"), "trained_from": about}
-            for name, model in (("", student), ("ema", averaged)):
-                if model is not None:
-                    save_student(
-                        folder / name,
-                        model,
-                        plan.student.architecture,
-                        arguments,
-                        options.preprocessing,
-                        last_trained,
-                        facts,
-                    )
-            (folder / "run.json").write_text(json.dumps(result, indent=1))
+            named, given = plan.student.architecture, plan.student.arguments
+            save_student(folder, student, named, given, options.preprocessing, last_trained, facts)
+            if averaged is not None:
+                save_student(folder / "ema", averaged, named, given, options.preprocessing, last_trained, facts)
+
+        if ranks.first and not quiet:
+            sys.stderr.write(header(plan, loader, where, folder))
+        outcome, averaged = train(
+            plan, plan.objective, student, heads, loader, folder,
+            device=where, ranks=ranks, about=about, publish=publish, quiet=quiet,
+        )  # fmt: skip
+        finished = folder / "run.json"
+        if outcome.steps == outcome.resumed_at and finished.is_file():
+            result: dict[str, Any] = json.loads(finished.read_text())
+        else:
+            result = {"out": str(folder)} | report(plan, outcome, dataset, opened, about, loader, where, started, last_trained)
+            if ranks.first:
+                publish(averaged)
+                durable_write(finished, json.dumps(result, indent=1).encode())
     leave_ranks(ranks)
     return result
+
+
+def header(recipe: Recipe, loader: Loader, device: torch.device, folder: Path) -> str:
+    """What is about to happen, in one line."""
+    steps = sum(loader.batches_per_epoch(epoch) for epoch in range(recipe.epochs))
+    views = f"{len(loader.views)} stored views" if loader.views else "a new view in each epoch"
+    return (
+        f"{recipe.name}: {len(loader.ids):,} images, {views}, {steps:,} steps of {recipe.batch_size} in {recipe.epochs} epochs, "
+        f"peak learning rate {recipe.peak_lr():.3g}, {autocast_precision(recipe, device) or torch.float32} on {device}, to {folder}\n"
+    )
 
 
 def resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None) -> Recipe:
@@ -234,7 +260,7 @@ def identity(
         reader.name: {str(view): reader.manifest(view).digest() for view in loader.views} for reader in loader.readers
     }
     return {
-        "recipe": recipe.model_dump(mode="json", exclude={"log_every", "save_every_epochs"}),
+        "recipe": recipe.model_dump(mode="json", exclude={"log_every", "save_every_epochs", "save_every_minutes"}),
         "dataset": dataset.card.fingerprint,
         "targets": {name: list(targets) for name, targets in wanted.items()},
         "manifests": manifests,
@@ -274,12 +300,6 @@ def report(
     }
 
 
-def default_threads(ranks: Ranks) -> int:
-    """Decoding threads: the cores of this machine shared among its ranks, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world)))))
-
-
 def format_run(result: Mapping[str, Any]) -> str:
     """The record as a few lines."""
     where = (
@@ -289,5 +309,19 @@ def format_run(result: Mapping[str, Any]) -> str:
     return (
         f"{result['recipe']}: {result['steps']:,} steps in {result['seconds']:.0f} s, {where}; "
         f"{result['samples_per_second']:,.0f} samples/s, {100 * result['wait_share']:.0f} % of the time waiting for data; last loss {loss}\n"
-        f"frozen features are best read at {result['last_trained']}, the last layer that training reached"
+        f"frozen features are best read at {result['last_trained']}, the last layer that training reached\n"
+        + (
+            f"{len(result['dropped'])} images could not be read and were left out (run.json names them)\n"
+            if result["dropped"]
+            else ""
+        )
+        + f"score it: hdcache knn-eval {result['out']} --train DATA --test DATA"
     )
+
+
+def target_dtype(
+    recipe: Recipe, store: Store | None, wanted: Mapping[str, Sequence[str]], device: torch.device
+) -> torch.dtype:
+    """What stored codes are decoded to: the arithmetic of the training step, float32 where rows are stored so."""
+    stored = [tap.encoding for name in wanted for tap in store.teacher(name).taps.values()] if store is not None else []
+    return torch.float32 if "fp32" in stored else autocast_precision(recipe, device) or torch.float32

@@ -102,7 +102,9 @@ class Recipe(Record):
     log_every: int = Field(default=50, ge=1)
     """Optimizer steps between two log lines."""
     save_every_epochs: int = Field(default=1, ge=1)
-    """Epochs between two saved states."""
+    """Epochs between two saved states; each comes with a student that can be used."""
+    save_every_minutes: float = Field(default=30.0, gt=0)
+    """Minutes after which a state is saved within an epoch too."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -25,6 +25,15 @@ def build_student(spec: StudentSpec, seed: int) -> nn.Module:
     UsageError
         for an unknown architecture, arguments that do not fit, or an input that is not square.
     """
+    voided = sorted(
+        {"drop_path_rate", "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate"}
+        & spec.arguments.keys()
+    )
+    if voided:
+        raise UsageError(
+            f"student.arguments.{voided[0]} draws from a global generator, so that no run could be repeated; "
+            "use student.drop_path, or leave it out"
+        )
     model: Any = create_vit(
         spec.architecture, dict(spec.arguments) | {"num_classes": 0}, seed=draws.integer_seed(seed, "student")
     )

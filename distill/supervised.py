@@ -21,7 +21,7 @@ from hdcache.schema import Record, TeacherCard
 from hdcache.taps import Tokens
 
 if TYPE_CHECKING:
-    from hdcache.loader import Batch
+    from hdcache.batch import Batch
 
 
 class Supervised(Record):

@@ -24,7 +24,7 @@ from hdcache.schema import Record, TeacherCard
 from hdcache.taps import Tokens, attention_of, num_blocks, parse_tap
 
 if TYPE_CHECKING:
-    from hdcache.loader import Batch
+    from hdcache.batch import Batch
 
 NORM_EPS = 1e-6
 

@@ -6,13 +6,14 @@ Deliberately not here: evaluation (run ``hdcache knn-eval`` on the result), and 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from hdcache import stopping
+from hdcache.batch import Batch
 from hdcache.distill.objective import Objective
 from hdcache.distill.ranks import Ranks, stop_asked
 from hdcache.distill.schedules import ema_momentum, learning_rate, weight_decay
@@ -28,9 +30,8 @@ from hdcache.distill.settings import Recipe
 from hdcache.distill.state import Position, load_state, save_state
 from hdcache.distill.student import set_drop_paths
 from hdcache.errors import HdcacheError
-from hdcache.loader import Batch, Loader
+from hdcache.loader import Loader
 from hdcache.progress import Progress
-from hdcache.taps import Tokens
 from hdcache.teachers import choose_precision
 
 
@@ -74,11 +75,13 @@ def train(
     device: torch.device,
     ranks: Ranks,
     about: dict[str, Any],
+    publish: Callable[[nn.Module | None], None],
     quiet: bool,
 ) -> tuple[Outcome, nn.Module | None]:
     """Train ``student`` in place for ``recipe.epochs``; returns the outcome and the averaged student, if asked for.
 
-    ``about`` is saved with the state, and a resumed run must bring the same.
+    ``about`` is saved with the state, and a resumed run must bring the same. ``publish`` is called after every saved
+    state, with the averaged student, to write a student that can be used.
 
     Raises
     ------
@@ -106,13 +109,14 @@ def train(
     precision = autocast_precision(recipe, device)
     weights = recipe.loss_weights()
     resumed_at, started, waited = position.step, time.monotonic(), loader.waited
-    before = position.seconds
+    before, saved = position.seconds, started
 
     def save(log: Log) -> None:
         position.seconds = before + time.monotonic() - started
         log.pause(position)
         if ranks.first:
             save_state(folder, position, modules, optimizer, names, about)
+            publish(averaged)
 
     with (
         closing(Log(folder, ranks, recipe.log_every, position, device)) as log,
@@ -120,14 +124,15 @@ def train(
     ):
         bar.skip(position.step * recipe.batch_size)
         while position.epoch < recipe.epochs:
-            for batch in loader.epoch(position.epoch, position.batch):
+            batches = loader.epoch(position.epoch, position.batch)
+            for _, pieces in itertools.groupby(batches, key=lambda piece: piece.index):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(position.step, total, warmup, recipe.peak_lr(), recipe.min_lr)
                     if group["decays"]:
                         group["weight_decay"] = weight_decay(
                             position.step, total, recipe.weight_decay, recipe.weight_decay_end
                         )
-                parts = one_step(wrapped, student, optimizer, batch, recipe, weights, precision, device)
+                parts = one_step(wrapped, student, optimizer, pieces, recipe, weights, precision, device)
                 if averaged is not None:
                     update_average(
                         averaged, student, ema_momentum(position.step, total, recipe.ema or 0.0, recipe.ema_end)
@@ -141,12 +146,16 @@ def train(
                     recipe.batch_size,
                     f"loss {line:.4f}  waiting for data {100 * share:.0f} %" if line is not None else "",
                 )
+                if time.monotonic() - saved > 60 * recipe.save_every_minutes:
+                    save(log)
+                    saved = time.monotonic()
                 if stop_asked(ranks, position.step, recipe.log_every):
                     save(log)
                     raise stopping.stop(f"epoch {position.epoch}, step {position.step} saved in {folder}")
             position.epoch, position.batch = position.epoch + 1, 0
             if position.epoch % recipe.save_every_epochs == 0 or position.epoch == recipe.epochs:
                 save(log)
+                saved = time.monotonic()
     session = max(time.monotonic() - started, 1e-9)
     done = position.step - resumed_at
     return Outcome(
@@ -163,20 +172,18 @@ def one_step(
     wrapped: nn.Module,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    pieces: Iterable[Batch],
     recipe: Recipe,
     weights: dict[str, float],
     precision: torch.dtype | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """One optimizer step on one (local) batch, in ``recipe.accumulate`` pieces; returns the parts of the loss, detached."""
+    """One optimizer step on one (local) batch, in the pieces it comes in; returns the parts of the loss, detached."""
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    pieces = list(split(batch, recipe.accumulate))
-    for number, piece in enumerate(pieces):
+    for piece in pieces:
         set_drop_paths(student, piece.ids, recipe.seed, piece.epoch)
-        share = len(piece.ids) / len(batch.ids)
-        last = number == len(pieces) - 1
+        share, last = piece.share, piece.piece == piece.pieces - 1
         sync = (
             nullcontext() if last or not isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped.no_sync()
         )
@@ -193,29 +200,11 @@ def one_step(
     return sums
 
 
-def split(batch: Batch, pieces: int) -> Iterator[Batch]:
-    """Consecutive pieces of a batch, of equal length where it divides."""
-    length = len(batch.ids)
-    pieces = min(pieces, length)
-    for number in range(pieces):
-        part = slice(length * number // pieces, length * (number + 1) // pieces)
-        targets = {
-            teacher: {name: _cut(value, part) for name, value in values.items()}
-            for teacher, values in batch.targets.items()
-        }
-        yield replace(batch, images=batch.images[part], ids=batch.ids[part], labels=batch.labels[part], targets=targets)
-
-
-def _cut(value: Tokens | Tensor, part: slice) -> Tokens | Tensor:
-    return value[part] if isinstance(value, Tensor) else Tokens(value.prefix[part], value.patches[part])
-
-
 def build_optimizer(module: nn.Module, recipe: Recipe) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW with no weight decay on norms, biases, tokens and positions; and the parameters' names in its order."""
+    """AdamW with no weight decay on norms and biases (MAE's and TinyMIM's rule); and the parameters' names in its order."""
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    plain = ("cls_token", "reg_token", "pos_embed", "mask_token")
-    decayed = [(n, p) for n, p in trained if p.ndim > 1 and not n.endswith(plain)]
-    others = [(n, p) for n, p in trained if p.ndim <= 1 or n.endswith(plain)]
+    decayed = [(n, p) for n, p in trained if p.ndim > 1]
+    others = [(n, p) for n, p in trained if p.ndim <= 1]
     groups = [
         {"params": [p for _, p in decayed], "weight_decay": recipe.weight_decay, "decays": True},
         {"params": [p for _, p in others], "weight_decay": 0.0, "decays": False},

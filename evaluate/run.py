@@ -18,6 +18,7 @@ from hdcache.errors import UsageError
 from hdcache.evaluate.embed import FRACTION, Features, check_layer, check_pool, embed
 from hdcache.evaluate.knn import KnnResult, faiss_version, knn_classify
 from hdcache.evaluate.vote import KS, TEMPERATURE, check_settings, refuse_unlabelled
+from hdcache.teachers import choose_device
 
 SCHEMA = 1
 
@@ -26,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def knn_eval(
-    model: str | Backbone,
+    model: str | Path | Backbone,
     train: str,
     test: str | None = None,
     *,
@@ -35,19 +36,21 @@ def knn_eval(
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
     img_size: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    crop: float = FRACTION,
     batch_size: int = 64,
     threads: int | None = None,
     leave_one_out: bool = False,
     compat_dino: bool = False,
-    output: Path | None = None,
+    output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Weighted k-NN accuracy of a frozen backbone on ``test`` against the bank ``train``, as a JSON-able dict.
 
     Without ``test`` (or with ``leave_one_out``) each image of ``train`` is classified by all the others. With
     ``output`` the result is written there too, atomically. Accuracies are percent, with Wilson's 95 % interval.
-    See :func:`hdcache.evaluate.embed.embed` for ``layer`` and ``pool``.
+    See :func:`hdcache.evaluate.embed.embed` for ``layer`` and ``pool``. ``crop`` is the share of the shorter side that
+    the centre crop keeps: 0.875 as is usual for photographs, 1 for images that are cropped already.
 
     Raises :class:`UsageError` for settings that cannot be meant, data without labels among them, and
     :class:`InputNotFound` for what is not there or cannot be read.
@@ -56,9 +59,14 @@ def knn_eval(
     if alone and test not in (None, train):
         raise UsageError(f"leave-one-out compares {train} with itself, but test is {test}; leave one of the two out")
     check_settings(ks, temperature)
+    if not 0 < crop <= 1:
+        raise UsageError(f"crop {crop} must lie above 0 and be at most 1: the share of the shorter side to keep")
+    device = str(choose_device(device))
 
     begin = time.perf_counter()
-    backbone = load_backbone(model, img_size=img_size) if isinstance(model, str) else _as_given(model, img_size)
+    backbone = (
+        load_backbone(str(model), img_size=img_size) if isinstance(model, str | Path) else _as_given(model, img_size)
+    )
     check_layer(backbone.model, layer or backbone.last_trained)
     check_pool(backbone.model, pool)
 
@@ -69,7 +77,13 @@ def knn_eval(
 
     def features(dataset: Dataset, role: str) -> Features:
         report = None if progress is None else lambda done, total: progress(role, done, total)
-        settings: dict[str, Any] = {"layer": layer, "pool": pool, "device": device, "batch_size": batch_size}
+        settings: dict[str, Any] = {
+            "layer": layer,
+            "pool": pool,
+            "device": device,
+            "batch_size": batch_size,
+            "fraction": crop,
+        }
         return embed(backbone, dataset, threads=threads, progress=report, **settings)
 
     loaded = time.perf_counter()
@@ -102,7 +116,7 @@ def knn_eval(
         "leave_one_out": alone,
         "temperature": temperature,
         "compat_dino": compat_dino,
-        "fraction": FRACTION,
+        "fraction": crop,
         "knn": _accuracies(found),
         "chance": _chance(bank, queries),
         "notes": [*_overlap(bank_set, query_set, alone), *found.notes],
@@ -111,7 +125,7 @@ def knn_eval(
         "versions": _versions(),
     }
     if output is not None:
-        write_json(output, result)
+        write_json(Path(output), result)
     return result
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hdcache.arrays import durable_write, group_metadata, write_constant
+from hdcache.arrays import constant_objects, durable_write, group_metadata, write_constant
 from hdcache.datasets import Dataset
 from hdcache.encodings import Encoder, fit
-from hdcache.errors import InputNotFound, UsageError
+from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.engine import decode_row, finite_rows, shard_rows
 from hdcache.relations import relation_kl
 from hdcache.schema import About, ArrayCard, StoredObject, TapRequest, TeacherRecord
 from hdcache.store import ABOUT, Store
 from hdcache.taps import Tokens, attention_of, parse_tap, relation_of_qkv
-from hdcache.teachers import Teacher
+from hdcache.teachers import Teacher, batches
 
 MIN_ROWS, MAX_ROWS, HELDOUT_ROWS, RELATION_ROWS = 128, 512, 64, 16
 
@@ -40,7 +44,7 @@ def calibrate(
     taps = [request.tap for request in requests]
     rows = _calibration_rows(store, teacher)
     pixels = _pixels(store, dataset, teacher, rows, threads)
-    features = teacher.forward(pixels, taps)
+    features = _features(teacher, pixels, taps)
     finite = finite_rows(features)
     if not finite.any():
         raise UsageError(
@@ -94,6 +98,55 @@ def write_record(
     return record
 
 
+def damaged_constants(store: Store, record: TeacherRecord) -> list[str]:
+    """Files of a teacher's encodings and weights that are missing or are not what its record lists."""
+    folder = store.teacher_path(record.name)
+
+    def good(path: Path, listed: StoredObject) -> bool:
+        if not path.is_file() or path.stat().st_size != listed.size:
+            return False
+        return hashlib.sha256(path.read_bytes()).hexdigest() == listed.sha256
+
+    return [key for key, listed in record.objects.items() if not good(folder / key, listed)]
+
+
+def repair_constants(
+    store: Store, dataset: Dataset, teacher: Teacher, record: TeacherRecord, *, threads: int
+) -> list[str]:
+    """Write damaged constants again, weights from the teacher and encodings fitted anew; returns their keys.
+
+    Raises
+    ------
+    StoreMismatch
+        when what is made now differs from what the record lists; nothing is written then.
+    """
+    damaged = damaged_constants(store, record)
+    if not damaged:
+        return []
+    values: dict[str, NDArray[Any]] = {}
+    values |= {f"weights/{name}": value for name, value in teacher.weights_for(list(record.taps))[0].items()}
+    constants = {f"encodings/{tap}/{name}" for tap, card in record.taps.items() for name in card.constants}
+    if any(key.rpartition("/")[0] in constants for key in damaged):
+        _, encoders = calibrate(store, dataset, teacher, record.requests, threads=threads, source="")
+        values |= {
+            f"encodings/{tap}/{name}": value
+            for tap, encoder in encoders.items()
+            for name, value in encoder.constants.items()
+        }
+    made = {f"{key}/{name}": data for key, value in values.items() for name, data in constant_objects(value).items()}
+    for key in damaged:
+        data = made.setdefault(key, group_metadata({}))
+        if hashlib.sha256(data).hexdigest() != record.objects[key].sha256:
+            raise StoreMismatch(
+                f"{store.teacher_path(record.name) / key}: missing or damaged, and cannot be made again as it was "
+                f"(other images, hardware or versions); copy it from a backup, or extract the teacher under a new name: "
+                f"--teacher {record.name}-2=..."
+            )
+    for key in damaged:
+        durable_write(store.teacher_path(record.name) / key, made[key])
+    return damaged
+
+
 def _calibration_rows(store: Store, teacher: Teacher) -> int:
     tokens = max(1, teacher.card.grid[0] * teacher.card.grid[1])
     wanted = -(-40 * teacher.card.width // tokens) + HELDOUT_ROWS
@@ -122,27 +175,53 @@ def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threa
     return torch.stack(found)
 
 
+def _features(teacher: Teacher, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tokens | Tensor]:
+    """Features on the CPU, moved there batch by batch: all rows of all taps at once may not fit on the device."""
+    pieces: list[dict[str, Tokens | Tensor]] = []
+    for span in batches(len(pixels), teacher.batch):
+        found = teacher.forward(pixels[span], taps)
+        pieces.append({tap: _to(value, "cpu") for tap, value in found.items()})
+    return {tap: _join([piece[tap] for piece in pieces]) for tap in taps}
+
+
+def _to(value: Tokens | Tensor, device: torch.device | str) -> Tokens | Tensor:
+    return value.to(device) if isinstance(value, Tensor) else Tokens(value.prefix.to(device), value.patches.to(device))
+
+
+def _join(pieces: Sequence[Tokens | Tensor]) -> Tokens | Tensor:
+    tokens = [piece for piece in pieces if isinstance(piece, Tokens)]
+    if tokens:
+        return Tokens(torch.cat([t.prefix for t in tokens]), torch.cat([t.patches for t in tokens]))
+    return torch.cat([piece for piece in pieces if isinstance(piece, Tensor)])
+
+
 def _cut(value: Tokens | Tensor, rows: Tensor | slice) -> Tokens | Tensor:
     return value[rows] if isinstance(value, Tensor) else Tokens(value.prefix[rows], value.patches[rows])
 
 
 def _with_relation_error(encoder: Encoder, teacher: Teacher, heldout: Tokens | Tensor) -> Encoder:
-    """Add to an ``attn_in`` tap's certificate what its error does to the relations that will be derived from it."""
+    """Add what a tap's error means for relations: those it is, or those that will be derived from an ``attn_in``."""
     tap = parse_tap(encoder.card.tap)
-    if tap.what != "attn_in" or not isinstance(heldout, Tokens):
+    if tap.what not in ("attn_in", "rel"):
         return encoder
-    attention = attention_of(teacher.backbone.model, tap.block)
+    heldout = _to(heldout, teacher.device)
     parts, _ = encoder.encode(heldout)
-    rebuilt = encoder.decode(
-        {name: torch.from_numpy(value).to(heldout.patches.device) for name, value in parts.items()}
-    )
-    assert isinstance(rebuilt, Tokens)  # noqa: S101  # a token tap decodes to tokens
+    rebuilt = encoder.decode({name: torch.from_numpy(value).to(teacher.device) for name, value in parts.items()})
     measured: dict[str, float] = {}
-    with torch.inference_mode():
-        for kind in ("qk", "vv"):
-            exact, copy = (
-                relation_of_qkv(attention, attention.qkv(value.sequence()), kind) for value in (heldout, rebuilt)
-            )
-            measured[f"kl_{kind}"] = max(0.0, float(relation_kl(exact, copy.clamp_min(1e-30).log())))
+    if isinstance(heldout, Tensor) and isinstance(rebuilt, Tensor):
+        measured["kl"] = _divergence(heldout, rebuilt)
+    elif isinstance(heldout, Tokens) and isinstance(rebuilt, Tokens):
+        attention = attention_of(teacher.backbone.model, tap.block)
+        with torch.inference_mode():
+            for kind in ("qk", "vv"):
+                exact, copy = (
+                    relation_of_qkv(attention, attention.qkv(value.sequence()), kind) for value in (heldout, rebuilt)
+                )
+                measured[f"kl_{kind}"] = _divergence(exact, copy)
     certificate = encoder.card.certificate.model_copy(update=measured)
     return Encoder(encoder.card.model_copy(update={"certificate": certificate}), encoder.constants)
+
+
+def _divergence(exact: Tensor, copy: Tensor) -> float:
+    """Mean KL of ``copy`` from ``exact``; a probability that was rounded to nothing counts as 1e-30."""
+    return max(0.0, float(relation_kl(exact, copy.clamp_min(1e-30).log())))

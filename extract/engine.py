@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from hdcache import stopping
 from hdcache.datasets import Dataset
-from hdcache.encodings import Parts
-from hdcache.errors import StoreMismatch, TooManyFailures, UnreadableImage, UsageError
+from hdcache.encodings import Encoder
+from hdcache.errors import InputNotFound, StoreMismatch, TooManyFailures, UnreadableImage, UsageError
 from hdcache.extract.writer import Row, ViewWriter, is_recorded
+from hdcache.plain_encodings import Parts
 from hdcache.reader import read_shard_geometry
 from hdcache.samples import Recorded, open_sample
 from hdcache.schema import Preprocessing
@@ -32,7 +34,7 @@ from hdcache.views import row_order
 AHEAD = 2
 """Shards decoded ahead of the forward pass, and shards waiting to be written."""
 ENOUGH_TO_JUDGE = 8
-"""Readable images of one shard that, all without finite features, condemn the teacher and not the images."""
+"""Rows of one shard that, all without finite features, condemn the teacher and, all gone, the data set."""
 
 
 @dataclass
@@ -60,6 +62,14 @@ class Timing:
         return max(stages, key=lambda name: stages[name])
 
 
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, view: int) -> NDArray[np.int64]:
+    """The view's order, kept: a million rows take a tenth of a second to sort, and every shard asks for it."""
+    order = row_order(count, seed, view)
+    order.setflags(write=False)
+    return order
+
+
 def shard_rows(store: Store, view: int, shard: int) -> list[tuple[int, Recorded | None]]:
     """Sample index of each row of a shard, and its recorded geometry where a teacher has been here before.
 
@@ -69,7 +79,7 @@ def shard_rows(store: Store, view: int, shard: int) -> list[tuple[int, Recorded 
         when the recorded rows are in another order than the store's seed gives.
     """
     size = store.card.rows_per_shard
-    order = row_order(store.card.dataset.count, store.card.views.seed, view)[shard * size : (shard + 1) * size]
+    order = _order(store.card.dataset.count, store.card.views.seed, view)[shard * size : (shard + 1) * size]
     rows: list[tuple[int, Recorded | None]] = [(int(sample), None) for sample in order]
     known = read_shard_geometry(store, view, shard)
     for i, (numbers, digest) in enumerate(zip(*known, strict=True) if known is not None else ()):
@@ -95,8 +105,17 @@ def decode_row(
     try:
         opened = open_sample(dataset, store.ids[sample], store.card.views, view, recorded)
     except (UnreadableImage, StoreMismatch) as error:
-        return Row(sample, None, reason=str(error))
+        return Row(sample, None, reason=str(error), gone=_by_the_system(error))
     return Row(sample, opened.pixels(preprocessing), opened.box, opened.flip, opened.image.size, opened.digest)
+
+
+def _by_the_system(error: BaseException | None) -> bool:
+    """Whether an error goes back to the operating system (no such file, stale mount) and not to the bytes read."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Pipeline:
@@ -116,36 +135,46 @@ class Pipeline:
         ------
         TooManyFailures
             when more images fail than ``max_failures`` allows.
+        InputNotFound
+            when the system can read no file of a whole shard: the data set is gone, not its images broken.
         Interrupted
             when a signal asked for a stop; the shards that were finished by then are written.
         """
         with ThreadPoolExecutor(self.threads, "decode") as decoding, ThreadPoolExecutor(1, "write") as writing:
             ahead: list[tuple[int, list[Future[Row]]]] = []
             written: list[tuple[int, Future[int]]] = []
-            waiting = list(shards)
+            listed: list[tuple[int, Future[list[tuple[int, Recorded | None]]]]] = []
             try:
-                while waiting or ahead:
+                # Before two threads ask for it at once, and both sort.
+                _order(self.store.card.dataset.count, self.store.card.views.seed, writer.view)
+                waiting = [shard for shard in shards if self._worthwhile(decoding, writer, shard, advance)]
+                while waiting or listed or ahead:
                     if stopping.requested():
                         self._settle(written, 0)
-                        raise stopping.stop(f"all finished shards written to {self.store.path}")
-                    while waiting and len(ahead) < AHEAD:
-                        shard = waiting.pop(0)
-                        ahead.append((shard, self._decode(decoding, writer.view, shard)))
+                        self._heed_a_stop()
+                    # A shard's recorded geometry is read by a thread too, one shard before it is needed.
+                    while (waiting or listed) and len(ahead) < AHEAD:
+                        while waiting and len(listed) < 2:
+                            shard = waiting.pop(0)
+                            listed.append((shard, decoding.submit(shard_rows, self.store, writer.view, shard)))
+                        shard, entries = listed.pop(0)
+                        ahead.append((shard, self._decode(decoding, writer.view, entries.result())))
                     shard, futures = ahead.pop(0)
                     started = time.perf_counter()
                     rows = [future.result() for future in futures]
                     self.timing.waiting_for_images += time.perf_counter() - started
+                    if len(rows) >= ENOUGH_TO_JUDGE and all(row.gone for row in rows):
+                        raise InputNotFound(
+                            f"{self.dataset.card.spec}: no image of shard {shard} could be read ({rows[0].reason}); is the "
+                            "data set still there? Finished shards are safe: bring it back and run the same command again"
+                        )
                     parts, failed, saturated = self._forward(writer, shard, rows)
                     self._settle(written, AHEAD - 1)
                     written.append((len(rows), writing.submit(writer.write, shard, rows, parts, failed, saturated)))
                     first = shard * self.store.card.rows_per_shard
                     self.timing.failed |= {self.store.ids[rows[row - first].sample]: why for row, why in failed.items()}
                     advance(len(rows), self.timing)
-                    if self.max_failures is not None and len(self.timing.failed) > self.max_failures:
-                        raise TooManyFailures(
-                            f"{len(self.timing.failed)} images failed, more than --max-failures {self.max_failures}; "
-                            f"the first: {next(iter(self.timing.failed.values()))}"
-                        )
+                    self._check_failures()
                 self._settle(written, 0)
             except BaseException:
                 decoding.shutdown(wait=False, cancel_futures=True)
@@ -161,11 +190,51 @@ class Pipeline:
             self.timing.rows += rows if count else 0
         self.timing.waiting_for_disk += time.perf_counter() - started
 
-    def _decode(self, pool: ThreadPoolExecutor, view: int, shard: int) -> list[Future[Row]]:
+    def repair(self, writer: ViewWriter) -> None:
+        """Write lost geometry of shards whose rows are stored again: images are decoded, the teacher does not run."""
+        with ThreadPoolExecutor(self.threads, "decode") as decoding:
+            for shard in writer.lost_geometry():
+                self._heed_a_stop()
+                entries = shard_rows(self.store, writer.view, shard)
+                rows = [future.result() for future in self._decode(decoding, writer.view, entries)]
+                writer.rebuild_geometry(shard, rows)
+
+    def _worthwhile(
+        self, pool: ThreadPoolExecutor, writer: ViewWriter, shard: int, advance: Callable[[int, Timing], None]
+    ) -> bool:
+        """Whether a shard needs the teacher: a complete one does only when one of its failed rows can be read now."""
+        receipt = writer.ledger.receipt(shard)
+        if receipt is None or not receipt.failed:
+            return True
+        self._heed_a_stop()
+        entries = shard_rows(self.store, writer.view, shard)
+        broken = [entries[row - receipt.rows[0]] for row in receipt.failed]
+        rows = [future.result() for future in self._decode(pool, writer.view, broken)]
+        if any(row.pixels is not None for row in rows):
+            return True
+        self.timing.failed |= {self.store.ids[row.sample]: row.reason for row in rows}
+        advance(len(entries), self.timing)
+        self._check_failures()
+        return False
+
+    def _heed_a_stop(self) -> None:
+        if stopping.requested():
+            raise stopping.stop(f"all finished shards written to {self.store.path}")
+
+    def _check_failures(self) -> None:
+        if self.max_failures is not None and len(self.timing.failed) > self.max_failures:
+            raise TooManyFailures(
+                f"{len(self.timing.failed)} images failed, more than --max-failures {self.max_failures}; "
+                f"the first: {next(iter(self.timing.failed.values()))}"
+            )
+
+    def _decode(
+        self, pool: ThreadPoolExecutor, view: int, entries: Sequence[tuple[int, Recorded | None]]
+    ) -> list[Future[Row]]:
         card = self.teacher.card.preprocessing
         return [
             pool.submit(decode_row, self.store, self.dataset, card, view, sample, recorded)
-            for sample, recorded in shard_rows(self.store, view, shard)
+            for sample, recorded in entries
         ]
 
     def _forward(
@@ -180,8 +249,14 @@ class Pipeline:
         for span in batches(len(rows), self.teacher.batch):
             part = rows[span]
             started = time.perf_counter()
-            pixels = torch.from_numpy(np.stack([blank if row.pixels is None else row.pixels for row in part]))
-            features = self.teacher.forward(pixels, list(writer.encoders))
+            features: dict[str, Tokens | Tensor]
+            if all(row.pixels is None for row in part):
+                features = {
+                    tap: _zeros(encoder, len(part), self.teacher.device) for tap, encoder in writer.encoders.items()
+                }
+            else:
+                pixels = torch.from_numpy(np.stack([blank if row.pixels is None else row.pixels for row in part]))
+                features = self.teacher.forward(pixels, list(writer.encoders))
             bad = ~finite_rows(features).cpu()
             self.timing.forward += time.perf_counter() - started
             started = time.perf_counter()
@@ -217,6 +292,15 @@ def finite_rows(features: Mapping[str, Tokens | Tensor]) -> Tensor:
         for t in ([value] if isinstance(value, Tensor) else [value.prefix, value.patches])
     ]
     return torch.stack([torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in tensors]).all(dim=0)
+
+
+def _zeros(encoder: Encoder, rows: int, device: torch.device) -> Tokens | Tensor:
+    """Features of rows that all failed, as :func:`_blank_rows` would leave them."""
+    card = encoder.card
+    if not card.tokens:
+        return torch.zeros(rows, *card.arrays["values"].shape, device=device)
+    shapes = ((rows, count, card.channels) for count in (card.prefix_tokens, card.tokens))
+    return Tokens(*(torch.zeros(shape, device=device) for shape in shapes))
 
 
 def _blank_rows(value: Tokens | Tensor, rows: Tensor) -> Tokens | Tensor:

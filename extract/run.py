@@ -7,6 +7,7 @@ The same command again finishes what is missing, retries rows that failed, and c
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -16,15 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.encodings import Encoder, request
 from hdcache.errors import InputNotFound, OutOfSpace, StoreMismatch, UsageError
-from hdcache.extract.calibrate import calibrate, write_record
+from hdcache.extract.calibrate import calibrate, repair_constants, write_record
 from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import Progress, size
 from hdcache.reader import TeacherReader
-from hdcache.schema import StoreCard, TapRequest, TeacherRecord, ViewSpec, differences
+from hdcache.schema import StoreCard, TapCard, TapRequest, TeacherRecord, ViewSpec, differences
 from hdcache.store import Store, write_lock
 from hdcache.teachers import Teacher, absolute_spec, choose_device, load_teacher, split_name
 from hdcache.views import parse_views
@@ -114,7 +117,8 @@ def extract(
                 batch=known.batch if known else batch,
                 taps=list(taps),
             )
-            requests = [request(tap, encoding, fidelity) for tap in dict.fromkeys(taps or default_taps(teacher))]
+            # In the order of names: --tap twice in another order is the same teacher.
+            requests = [request(tap, encoding, fidelity) for tap in sorted(set(taps or default_taps(teacher)))]
             record, encoders = open_or_calibrate(
                 opened, dataset, teacher, requests, known, threads=workers, source=absolute_spec(split_name(spec)[1])
             )
@@ -223,12 +227,15 @@ def open_or_calibrate(
         "dataset": store.card.dataset.fingerprint,
         "views": store.card.views.model_dump(mode="json"),
     }
-    lines = differences(asked, known.identity())
+    found = known.identity()
+    found["requests"] = sorted(found["requests"], key=lambda entry: str(entry["tap"]))
+    lines = differences(asked, found)
     if lines:
         raise StoreMismatch(
             f"teacher {teacher.name!r} in {store.path} was made with other settings ({'; '.join(lines)}); "
             f"repeat its settings, or add this one under another name: --teacher {teacher.name}-2=..."
         )
+    repair_constants(store, dataset, teacher, known, threads=threads)
     return known, TeacherReader(store, teacher.name).encoders
 
 
@@ -237,13 +244,11 @@ def extract_views(
 ) -> None:
     """Write and seal every view that is not complete."""
     writers = [ViewWriter(pipeline.store, record, encoders, view) for view in range(num_views)]
-    work = [(writer, writer.todo()) for writer in writers]
+    pending = [(writer, todo) for writer in writers if (todo := writer.todo()) or not writer.sealed()]
     total = sum(writer.rows for writer in writers)
-    left = sum(
-        min(pipeline.store.card.rows_per_shard, writer.rows - s * pipeline.store.card.rows_per_shard)
-        for writer, todo in work
-        for s in todo
-    )
+    left = sum(rows_of(writer, todo) for writer, todo in pending)
+    new = sum(rows_of(writer, [s for s in todo if writer.ledger.receipt(s) is None]) for writer, todo in pending)
+    check_space(pipeline.store, record, new)
     with Progress(f"extract {record.name}", total, "rows", quiet=quiet) as bar:
         bar.skip(total - left)
 
@@ -252,27 +257,36 @@ def extract_views(
             failed = f"  {len(timing.failed)} failed" if timing.failed else ""
             bar.advance(rows, f"{size(timing.bytes / seconds)}/s{failed}  [{timing.bottleneck()}]")
 
-        for writer, todo in work:
-            if not todo and writer.ledger.sealed and writer.geometry.sealed:
-                continue
-            check_space(writer, record, len(todo))
+        for writer, todo in pending:
             writer.open()
+            pipeline.repair(writer)
             pipeline.run(writer, todo, advance)
             writer.seal()
 
 
-def check_space(writer: ViewWriter, record: TeacherRecord, shards: int) -> None:
-    """Warn-level guess before a long run: the measured bits per value against the free disk."""
-    rows = shards * writer.store.card.rows_per_shard
-    need = rows * sum(
-        card.tokens * card.channels * card.certificate.bits_per_value / 8 for card in record.taps.values()
-    )
-    free = shutil.disk_usage(writer.store.path).free
+def rows_of(writer: ViewWriter, shards: Sequence[int]) -> int:
+    """Rows that some shards of a view hold; the last one may be short."""
+    size = writer.store.card.rows_per_shard
+    return sum(min(size, writer.rows - shard * size) for shard in shards)
+
+
+def check_space(store: Store, record: TeacherRecord, rows: int) -> None:
+    """Refuse a run whose rows, all views together, will not fit: by the bits per value measured at calibration."""
+    need = rows * sum(row_bytes(card) for card in record.taps.values())
+    free = shutil.disk_usage(store.path).free
     if need > free:
         raise OutOfSpace(
-            f"{writer.store.path}: about {size(need)} are needed for {rows:,} rows, {size(free)} are free; "
+            f"{store.path}: about {size(need)} are needed for {rows:,} rows, {size(free)} are free; "
             "free space, store fewer taps or views, or ask for a coarser --fidelity"
         )
+
+
+def row_bytes(card: TapCard) -> float:
+    """Bytes on disk of one row of a tap: its values at the measured rate, and its prefix tokens, which no codec shrinks."""
+    values = card.tokens * card.channels or math.prod(card.arrays["values"].shape)
+    prefix = card.arrays.get("prefix")
+    raw = math.prod(prefix.shape) * np.dtype(prefix.dtype).itemsize if prefix else 0
+    return values * card.certificate.bits_per_value / 8 + raw
 
 
 def account(store: Store, record: TeacherRecord, timing: Timing, seconds: float, num_views: int) -> dict[str, Any]:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from hdcache.arrays import ShardWriter, durable_write, group_metadata
-from hdcache.encodings import Encoder, Parts, compresses
+from hdcache.arrays import ArrayReader, ShardWriter, durable_write, group_metadata
+from hdcache.encodings import Encoder, compresses
+from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
+from hdcache.plain_encodings import Parts
 from hdcache.reader import read_shard_geometry
 from hdcache.schema import ArrayCard, Receipt, StoredObject, TeacherRecord
 from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.views import Box
+
+ENCODERS = 4
+"""Arrays of one shard that are compressed at once; the codec leaves Python's lock."""
 
 
 def is_recorded(geometry: NDArray[np.int32]) -> Any:
@@ -44,6 +52,8 @@ class Row:
     source_size: tuple[int, int] = (0, 0)
     digest: bytes = bytes(32)
     reason: str = ""
+    gone: bool = False
+    """Whether the system could not read the file, as against bytes that are no image."""
 
     def geometry(self) -> list[int]:
         return [self.sample, *self.box, int(self.flip), *self.source_size]
@@ -70,6 +80,8 @@ class ViewWriter:
                 self._writers[f"{tap}/{name}"] = ShardWriter(
                     self.rows, array, chunk, shard, codec=codec, attributes=about
                 )
+        # A ShardWriter encodes one shard at a time.
+        self._locks = {key: threading.Lock() for key in self._writers}
         columns = {"hdcache": {"columns": list(GEOMETRY_COLUMNS)}}
         self._geometry_writers = {
             "geometry": ShardWriter(
@@ -100,6 +112,18 @@ class ViewWriter:
         receipts = {shard: self.ledger.receipt(shard) for shard in range(self.shards)}
         return [shard for shard, receipt in receipts.items() if receipt is None or receipt.failed]
 
+    def lost_geometry(self) -> list[int]:
+        """Shards that hold this teacher's rows while the geometry of the view, or its receipt, is gone."""
+        return [
+            shard
+            for shard in range(self.shards)
+            if self.geometry.receipt(shard) is None and self.ledger.receipt(shard) is not None
+        ]
+
+    def sealed(self) -> bool:
+        """Whether nothing is left to do for a view without shards in :meth:`todo`."""
+        return self.ledger.sealed and self.geometry.sealed and not self.lost_geometry()
+
     def write(
         self, shard: int, rows: Sequence[Row], parts: Mapping[str, Parts], failed: Mapping[int, str], saturated: int
     ) -> int:
@@ -113,39 +137,117 @@ class ViewWriter:
         self.ledger.unseal()
         start = shard * self.store.card.rows_per_shard
         span = (start, start + len(rows))
-        objects: dict[str, StoredObject] = {}
-        for tap, arrays in parts.items():
-            for name, block in arrays.items():
-                key, writer = f"{tap}/{name}", self._writers[f"{tap}/{name}"]
-                path = f"{key}/{writer.key(shard)}"
-                objects[path] = durable_write(self.ledger.folder / path, writer.encode(shard, block))
+        blocks = {f"{tap}/{name}": block for tap, arrays in parts.items() for name, block in arrays.items()}
+        with ThreadPoolExecutor(ENCODERS, "encode") as pool:
+            written = pool.map(lambda key: self._write_array(shard, key, blocks[key]), blocks)
+            objects = dict(written)
         self._write_geometry(shard, span, rows)
         self.ledger.record(Receipt(shard=shard, rows=span, objects=objects, failed=dict(failed), saturated=saturated))
         return sum(found.size for found in objects.values())
 
+    def _write_array(self, shard: int, key: str, block: NDArray[np.generic]) -> tuple[str, StoredObject]:
+        writer = self._writers[key]
+        with self._locks[key]:
+            data = writer.encode(shard, block)
+        path = f"{key}/{writer.key(shard)}"
+        return path, durable_write(self.ledger.folder / path, data)
+
+    def _view_lock(self) -> filelock.BaseFileLock:
+        """The view's geometry belongs to all teachers, so its writers wait for each other."""
+        return filelock.FileLock(self.store.path / "views" / f".{self.view}.lock")
+
     def _write_geometry(self, shard: int, span: tuple[int, int], rows: Sequence[Row]) -> None:
-        blocks: dict[str, NDArray[Any]] = {
-            "geometry": np.array([row.geometry() for row in rows], np.int32),
-            "source_digest": np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32).copy(),
-        }
+        with self._view_lock():
+            self._merge_geometry(shard, span, rows)
+
+    def _merge_geometry(self, shard: int, span: tuple[int, int], rows: Sequence[Row]) -> None:
+        geometry = np.array([row.geometry() for row in rows], np.int32)
+        digests = np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32).copy()
         known = read_shard_geometry(self.store, self.view, shard)
         if known is not None:
             # Recorded rows are replayed, never rewritten; only rows that could not be read before may gain numbers.
             recorded = is_recorded(known[0])
-            if not (is_recorded(blocks["geometry"]) & ~recorded).any():
+            if not (is_recorded(geometry) & ~recorded).any():
                 return
-            blocks["geometry"][recorded], blocks["source_digest"][recorded] = known[0][recorded], known[1][recorded]
-        unread = {span[0] + i: row.reason for i, row in enumerate(rows) if not is_recorded(blocks["geometry"][i])}
+            geometry[recorded], digests[recorded] = known[0][recorded], known[1][recorded]
+        self._record_geometry(shard, span, geometry, digests, [row.reason for row in rows])
+
+    def _record_geometry(
+        self,
+        shard: int,
+        span: tuple[int, int],
+        geometry: NDArray[np.int32],
+        digests: NDArray[np.uint8],
+        reasons: Sequence[str],
+    ) -> None:
+        unread = {span[0] + i: why for i, why in enumerate(reasons) if not is_recorded(geometry[i])}
         self.geometry.unseal()
         objects = {}
-        for name, writer in self._geometry_writers.items():
+        for name, block in (("geometry", geometry), ("source_digest", digests)):
+            writer = self._geometry_writers[name]
             path = f"{name}/{writer.key(shard)}"
-            objects[path] = durable_write(self.geometry.folder / path, writer.encode(shard, blocks[name]))
+            objects[path] = durable_write(self.geometry.folder / path, writer.encode(shard, block))
         self.geometry.record(Receipt(shard=shard, rows=span, objects=objects, failed=unread))
+
+    def rebuild_geometry(self, shard: int, rows: Sequence[Row]) -> None:
+        """Write lost geometry again: what can still be read of it is kept, the rest is taken from ``rows``, drawn anew.
+
+        Raises
+        ------
+        StoreMismatch
+            when the numbers of a row that the teacher stores are lost, and its image is gone or has changed.
+        """
+        stored = self.ledger.receipt(shard)
+        start = shard * self.store.card.rows_per_shard
+        span = (start, start + len(rows))
+        with self._view_lock():
+            if stored is None or self.geometry.receipt(shard) is not None:
+                return  # another process was faster
+            geometry, digests = (self._salvaged(name, span) for name in self._geometry_writers)
+            if geometry is not None and [row.sample for row in rows] != geometry[:, 0].tolist():
+                geometry = None
+            drawn = np.array([row.geometry() for row in rows], np.int32)
+            hashes = np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32).copy()
+            for i, row in enumerate(rows):
+                old = geometry[i] if geometry is not None and is_recorded(geometry[i]) else None
+                seen = digests[i] if digests is not None and digests[i].any() else None
+                if old is not None and seen is not None:
+                    drawn[i], hashes[i] = old, seen
+                    continue
+                why = row.reason
+                if row.pixels is not None and (
+                    (old is not None and tuple(old[-2:]) != row.source_size)
+                    or (seen is not None and seen.tobytes() != row.digest)
+                ):
+                    why = f"{self.store.ids[row.sample]}: the image changed since its view was recorded"
+                if why and span[0] + i not in stored.failed:
+                    raise StoreMismatch(
+                        f"{self.geometry.folder}: the geometry of shard {shard} is lost and an image it is made from "
+                        f"cannot be used ({why}); restore that image and run the same command again"
+                    )
+                if why:
+                    drawn[i], hashes[i] = Row(row.sample, None).geometry(), 0
+                elif old is not None:
+                    drawn[i] = old
+            self._record_geometry(shard, span, drawn, hashes, [row.reason for row in rows])
+
+    def _salvaged(self, name: str, span: tuple[int, int]) -> NDArray[Any] | None:
+        """One array of a shard whose receipt is no help: its own checksums tell whether it is whole."""
+        card = {"geometry": ((self.rows, 8), "int32"), "source_digest": ((self.rows, 32), "uint8")}[name]
+        size = self.store.card.rows_per_shard
+        key = f"{self.geometry.key}/{name}"
+        chunk = f"{key}/{self._geometry_writers[name].key(span[0] // size)}"
+        try:
+            data = (self.store.path / chunk).read_bytes()
+            found = StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+            return ArrayReader(self.store.path, key, *card, {chunk: found}, size).rows(*span).copy()
+        except (StoreCorrupt, OSError):
+            return None
 
     def seal(self) -> None:
         """Seal the geometry and the teacher's rows of this view."""
-        self._seal(self.geometry, self._geometry_static, teacher="", identity="")
+        with self._view_lock():
+            self._seal(self.geometry, self._geometry_static, teacher="", identity="")
         root = f"teachers/{self.record.name}"
         static = {f"{root}/{key}": value for key, value in self.record.objects.items()} | self._static
         self._seal(self.ledger, static, teacher=self.record.name, identity=self.record.identity_digest())

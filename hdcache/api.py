@@ -15,8 +15,10 @@ import torch
 
 from hdcache.datasets import open_dataset
 from hdcache.errors import InputNotFound, StoreMismatch
+from hdcache.integrity import Verification, verify
 from hdcache.loader import Loader, Options
 from hdcache.reader import TeacherReader
+from hdcache.resources import available_cores
 from hdcache.schema import Preprocessing
 from hdcache.store import Store
 from hdcache.target_sources import open_targets
@@ -71,7 +73,7 @@ class OpenedStore:
         buffer_rows: int = 1024,
         rank: int = 0,
         world: int = 1,
-        threads: int = 2,
+        threads: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Loader:
         """Shuffled batches of images with their teachers' targets; iterating again yields the next epoch.
@@ -115,7 +117,7 @@ class OpenedStore:
             drop_last=drop_last,
             rank=rank,
             world=world,
-            threads=threads,
+            threads=available_cores() if threads is None else threads,
             device=where,
             dtype=dtype,
         )
@@ -129,6 +131,10 @@ class OpenedStore:
         from hdcache.info import describe_store
 
         return describe_store(self.store)
+
+    def verify(self, *, quick: bool = False) -> Verification:
+        """Check every object against the manifests: sizes (``quick``), and sha256 otherwise."""
+        return verify(self.store, quick=quick)
 
 
 def open_store(path: str | Path) -> OpenedStore:

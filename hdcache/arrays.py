@@ -6,8 +6,6 @@ written by :func:`durable_write`; rows are read through zarrs, written in Rust, 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -23,12 +21,15 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore
 
-from hdcache.errors import OutOfSpace, StoreCorrupt
+from hdcache.durable import durable_write as durable_write
+from hdcache.durable import sync_folder as sync_folder
+from hdcache.errors import StoreCorrupt
 from hdcache.schema import ArrayCard, StoredObject, canonical_json
 
 _CODECS = {"bytes", "transpose", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed"}
 _KEYS = {"name": "default", "configuration": {"separator": "."}}
 _METADATA_LIMIT, _RECORD_LIMIT = 4 << 20, 256 << 20
+_opening = threading.Lock()
 _forked = False
 
 
@@ -39,58 +40,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> StoredObject:
-    """Write ``data`` so that after return it survives a power cut: temporary file, fsync, rename, fsync of the folder.
-
-    Raises
-    ------
-    OutOfSpace
-        when the disk or quota is full.
-    FileExistsError
-        with ``create_only``, when ``path`` exists.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        _make_folder(path.parent)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if create_only:
-            os.link(partial, path)
-            os.unlink(partial)
-        else:
-            os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfSpace(
-                error.errno,
-                f"no space left while writing {path}; finished shards are safe: free space and run the same command again",
-            ) from None
-        raise
-    return StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _make_folder(folder: Path) -> None:
-    """``mkdir -p`` that survives a power cut too."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable: files added, replaced or removed."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def group_metadata(record: Mapping[str, Any]) -> bytes:
@@ -109,18 +58,20 @@ class ShardWriter:
         filters: list[Any] = [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=size)] if codec else []
         self._shard = shard
         self._rows = rows
-        self._array = zarr.create_array(
-            MemoryStore(self._objects),
-            shape=(rows, *card.shape),
-            dtype=card.dtype,
-            chunks=(chunk, *card.shape),
-            shards=(shard, *card.shape),
-            compressors=[*filters, Crc32cCodec()],
-            fill_value=0,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            attributes=dict(attributes),
-            config={"write_empty_chunks": True},
-        )
+        # Only zarr-python's own pipeline writes the same bytes each time, whatever the user's configuration says.
+        with _opening, zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
+            self._array = zarr.create_array(
+                MemoryStore(self._objects),
+                shape=(rows, *card.shape),
+                dtype=card.dtype,
+                chunks=(chunk, *card.shape),
+                shards=(shard, *card.shape),
+                compressors=[*filters, Crc32cCodec()],
+                fill_value=0,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                attributes=dict(attributes),
+                config={"write_empty_chunks": True},
+            )
         self.metadata: bytes = self._objects["zarr.json"].to_bytes()
 
     def key(self, shard: int) -> str:
@@ -193,12 +144,14 @@ class ArrayReader:
     ) -> None:
         self._folder, self._key, self._listed, self._shard = root / key, key, listed, shard
         self._pipeline = pipeline or read_pipeline()
+        self._proved: set[str] = set()
         self._refuse_fork()
         path = self._folder / "zarr.json"
         check_array_metadata(path, tuple(shape), dtype, shard, listed.get(f"{key}/zarr.json"))
         config = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if self._pipeline == "zarrs" else {}
         try:
-            with zarr.config.set(config):
+            # zarr's configuration is global: two threads that set and restore it could leave it changed.
+            with _opening, zarr.config.set(config):
                 self._array: Any = zarr.open_array(LocalStore(self._folder, read_only=True), mode="r", zarr_format=3)
         except Exception as error:
             raise StoreCorrupt(f"{path}: zarr cannot open it ({_reason(error)}); copy the store again") from error
@@ -221,6 +174,7 @@ class ArrayReader:
         ]
         for name in names:
             self._check(name)
+            self._prove(name)
         try:
             found = np.asarray(self._array[start:stop])
         except Exception as error:
@@ -255,6 +209,20 @@ class ArrayReader:
             raise StoreCorrupt(
                 f"{path}: {found} bytes, expected {listed.size}; copy the store again or rerun 'hdcache extract'"
             )
+
+    def _prove(self, name: str) -> None:
+        """Compare an object's sha256 when it is first read: nothing else tells a shard from its equally long sibling."""
+        if name in self._proved:
+            return
+        path, listed = self._folder / name, self._listed[f"{self._key}/{name}"]
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != listed.sha256:
+            raise StoreCorrupt(
+                f"{path}: sha256 {found[:12]}..., expected {listed.sha256[:12]}...; run 'hdcache verify' to list the "
+                "damaged objects, then copy the store again"
+            )
+        self._proved.add(name)
 
 
 def _reason(error: Exception) -> str:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -29,18 +29,17 @@ from urllib.parse import unquote
 import huggingface_hub
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import load_pretrained
 from torch import Tensor, nn
 
+from hdcache.checkpoints import first_line, fitted, is_head, load_strictly, read_state, unwrapped
 from hdcache.errors import InputNotFound, UsageError, nearest
 from hdcache.schema import Preprocessing
 from hdcache.taps import num_blocks
 
 WEIGHTS_FILE, CONFIG_FILE = "student.safetensors", "config.json"
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def load_backbone(spec: str, *, img_size: int | None = None, classifier: bool = 
         options["num_classes"] = 0
     hub = kind == "timm" and checkpoint is None
     if checkpoint is not None:
-        state = _read_state(Path(str(checkpoint)).expanduser())
+        state = read_state(Path(str(checkpoint)).expanduser())
         if classifier:
             head = state.get("head.weight")
             options["num_classes"] = 0 if head is None else int(head.shape[0])
@@ -149,17 +148,42 @@ def create_vit(
     try:
         with torch.random.fork_rng(devices=[]), _hub_in_reach() if pretrained else nullcontext():
             torch.default_generator.manual_seed(seed)  # the CPU's alone, the one that fork_rng restores
-            model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
+            model: nn.Module = timm.create_model(architecture, **arguments)
+            if pretrained:
+                _check_hub_weights(model, architecture)
+                # timm itself loads them: for some networks it resamples positions in a way of their own.
+                model = timm.create_model(architecture, pretrained=True, **arguments)
+    except UsageError:
+        raise
     except (OSError, RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
         if pretrained and isinstance(error, OSError | RuntimeError):
             raise InputNotFound(
-                f"weights of {architecture} could not be fetched ({_line(error)}); "
+                f"weights of {architecture} could not be fetched ({first_line(error)}); "
                 f"with no network give timm:{architecture}?checkpoint=FILE"
             ) from None
-        raise UsageError(f"{architecture} with {dict(arguments)}: {_line(error)}") from None
+        raise UsageError(f"{architecture} with {dict(arguments)}: {first_line(error)}") from None
     if not num_blocks(model):
         raise UsageError(f"{architecture} with {dict(arguments)}: depth must be at least 1")
     return model
+
+
+def _check_hub_weights(model: nn.Module, architecture: str) -> None:
+    """Refuse weights whose keys are not those of ``model``: timm drops or leaves out any once the classifier differs."""
+    checked = False
+
+    def check(state: dict[str, Tensor], _: nn.Module) -> dict[str, Any]:
+        nonlocal checked
+        where = f"checkpoint of {architecture}"
+        fitted(model, unwrapped(state, where), where)
+        checked = True
+        return model.state_dict()  # so that nothing is changed yet
+
+    load_pretrained(model, filter_fn=check)
+    if not checked:
+        raise UsageError(
+            f"weights of {architecture} come in a format whose keys cannot be checked; "
+            f"save them as .safetensors and give timm:{architecture}?checkpoint=FILE"
+        )
 
 
 @contextmanager
@@ -179,74 +203,6 @@ def _hub_in_reach() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return (text if not isinstance(error, LookupError) else f"no {text}").splitlines()[0][:160]
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputNotFound(f"{path}: no such checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # weights_only refuses pickles that hold more than tensors with an UnpicklingError that names the first.
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UsageError(
-                f"{path}: refused, it holds more than tensors ({found[1]}), which could run code; "
-                "where you trust it, load it and save its state_dict alone as .safetensors"
-            ) from None
-        raise InputNotFound(f"{path}: not a readable checkpoint ({_line(error)}); fetch it again") from None
-    for _ in range(2):  # {"model": {"state_dict": ...}}
-        inner = [state[key] for key in _WRAPPERS if isinstance(state, dict) and isinstance(state.get(key), dict)]
-        state = inner[0] if inner else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"{path}: expected a mapping from parameter names to tensors; save the state_dict alone")
-    while state and (common := [p for p in _PREFIXES if all(key.startswith(p) for key in state)]):
-        state = {key[len(common[0]) :]: value for key, value in state.items()}
-    return dict(state)
-
-
-def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load ``state`` into ``model``; any missing, unexpected or misshapen key is refused with the list.
-
-    A classifier in ``state`` that ``model`` has no place for is left out.
-    """
-    own = model.state_dict()
-    fits = {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in state.items()}
-    try:
-        # Older spellings of keys, and position embeddings for another input size.
-        converted = state if fits else dict(checkpoint_filter_fn(dict(state), model))
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
-        converted = state
-    converted = {key: value for key, value in converted.items() if key in own or not _is_head(key)}
-    missing = sorted(key for key in own if key not in converted)
-    unexpected = sorted(key for key in converted if key not in own)
-    shapes = sorted(
-        f"{key} {tuple(state.get(key, converted[key]).shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in converted and converted[key].shape != own[key].shape
-    )
-    if missing or unexpected or shapes:
-        parts = [
-            f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-            if keys
-        ]
-        raise UsageError(
-            f"{where} does not fit {type(model).__name__} ({'; '.join(parts)}); "
-            "give the architecture and options that the checkpoint was made with"
-        )
-    model.load_state_dict(converted, strict=False)
-
-
-def _is_head(key: str) -> bool:
-    return key.startswith(("head.", "head_dist."))
 
 
 def _freeze(
@@ -285,10 +241,17 @@ def weights_digest(model: nn.Module) -> str:
 
 def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8, or float in [0, 1], [B, 3, H, W] -> float32 [B, 3, H, W]: scaled to [0, 1], then (x - mean) / std."""
-    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=pixels.device).view(1, 3, 1, 1)
+    mean = _per_channel(tuple(preprocessing.mean), pixels.device)
+    std = _per_channel(tuple(preprocessing.std), pixels.device)
     unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32) / 255
     return (unit - mean) / std
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept, because a copy to a device waits for all work that is queued there."""
+    with torch.inference_mode(False):  # an inference tensor could not be used in training later
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
 def save_student(
@@ -305,7 +268,7 @@ def save_student(
     ``timm.create_model(architecture, num_classes=0, checkpoint_path="student.safetensors", **arguments)`` loads it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items() if not _is_head(k)}
+    state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items() if not is_head(k)}
     config = {
         "architecture": architecture,
         "num_classes": 0,
@@ -341,7 +304,7 @@ def _load_student(folder: Path, img_size: int | None) -> Backbone:
         last_trained = str(about["last_trained"])
     except (KeyError, ValueError, TypeError) as error:
         raise InputNotFound(f"{folder / CONFIG_FILE}: not a student that hdcache wrote ({error!r})") from None
-    state = _read_state(weights)
+    state = read_state(weights)
     if img_size is not None and img_size != preprocessing.size:
         arguments["img_size"] = img_size
         preprocessing = preprocessing.model_copy(update={"size": img_size})

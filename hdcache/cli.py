@@ -7,6 +7,7 @@ stdout carries the result (text, or JSON with ``--json``), stderr logs and progr
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -164,6 +165,12 @@ def distill(as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequ
 )
 @click.option("--temperature", default=0.07, show_default=True, help="Of the vote's weights exp(similarity / T).")
 @click.option("--img-size", type=int, help="Input in pixels, when not the model's own.")
+@click.option(
+    "--crop",
+    default=0.875,
+    show_default=True,
+    help="Share of the shorter side that the centre crop keeps; 1: all of it.",
+)
 @click.option("--leave-one-out", is_flag=True, help="Classify each image of --train by all the others.")
 @click.option("--compat-dino", is_flag=True, help="Top-5 as DINO's script counts it (credits classes without a vote).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
@@ -171,13 +178,12 @@ def distill(as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequ
 @click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
 @click.option("--output", type=click.Path(path_type=Path), help="Also write the result to this JSON file.")
 @_output
-def knn_eval(as_json: bool, quiet: bool, verbose: int, device: str, **settings: Any) -> None:
+def knn_eval(as_json: bool, quiet: bool, verbose: int, **settings: Any) -> None:
     """Weighted k-NN accuracy of MODEL's frozen features (a student folder or any model spec)."""
     _prepare(quiet, verbose)
     from hdcache.evaluate.run import format_table
     from hdcache.evaluate.run import knn_eval as run
     from hdcache.progress import Progress
-    from hdcache.teachers import choose_device
 
     bars: dict[str, Progress] = {}
 
@@ -187,7 +193,7 @@ def knn_eval(as_json: bool, quiet: bool, verbose: int, device: str, **settings: 
         if done == total:
             bar.__exit__(None, None, None)
 
-    result = run(device=str(choose_device(device)), progress=advance, **settings)
+    result = run(progress=advance, **settings)
     _print(result, format_table(result), as_json)
 
 
@@ -317,3 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except PermissionError as error:
         click.echo(f"hdcache: {error.filename}: permission denied; choose a folder that you may write", err=True)
         sys.exit(3)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = (
+            "free space and run the same command again"
+            if full
+            else "check the disk or mount, then run the same command again"
+        )
+        click.echo(f"hdcache: {error.filename or 'input or output'}: {error.strerror or error}; {advice}", err=True)
+        sys.exit(6 if full else 3)

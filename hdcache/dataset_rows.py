@@ -60,6 +60,8 @@ def assemble(
     """Sort, check and number ``rows``; ``names`` is the data set's own class list where it has one."""
     # Python compares strings by code point, which is the bytewise order of UTF-8.
     rows = sorted((row._replace(id=nfc(row.id)) for row in rows), key=lambda row: row.id)
+    if rows and not rows[0].id:
+        raise UsageError(f"{spec.text}: {_name(rows[0].place)} has an empty id; give every sample an id of its own")
     for first, second in itertools.pairwise(rows):
         if first.id == second.id:
             raise UsageError(

@@ -100,14 +100,14 @@ def _folder(spec: Spec, classes: Sequence[str] | None, listings: Path) -> Datase
             f"{spec.text!r}: no images (.{' .'.join(EXTENSIONS)}) in or below {spec.path};"
             " check the path, or write tar: or npz: before it"
         )
-    loose = next((path for path, _ in images if "/" not in path), None)
-    nested = next((path for path, _ in images if "/" in path), None)
+    loose = next((path for path in images if "/" not in path), None)
+    nested = next((path for path in images if "/" in path), None)
     if loose and nested:
         raise UsageError(
             f"{spec.text!r}: images lie both in the root ({loose}) and in class directories ({nested});"
             " move the former into a directory of their own"
         )
-    rows = [Row(path, nfc(path.split("/", 1)[0]) if nested else None, "", path) for path, _ in images]
+    rows = [Row(path, nfc(path.split("/", 1)[0]) if nested else None, "", path) for path in images]
     return assemble(spec, rows, lambda place: Path(spec.path, place).read_bytes(), classes)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numcodecs
@@ -30,19 +30,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.errors import UsageError, nearest
+from hdcache.plain_encodings import Parts as Parts
+from hdcache.plain_encodings import bits, decode_plain, encode_plain, to_half
 from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
 from hdcache.taps import Tokens, parse_tap
 
 TOKEN_ENCODINGS = ("fp32", "fp16", "bf16", "int8", "klt")
 RELATION_ENCODINGS = ("fp32", "fp16", "sqrt8")
 VECTOR_ENCODINGS = ("fp32", "fp16", "bf16")
-HALF_MAX = 65504.0
 # A component is stored as int16 when calibration comes within a factor two of int8's range.
 NARROW_LIMIT, WIDE_LIMIT, MARGIN = 127, 32767, 63
 FIT_TOKENS = 65536
 TOKENS_PER_CHANNEL = 20
-
-Parts = dict[str, NDArray[np.generic]]
+# Rows that are measured, and compressed, together.
+CODEC_ROWS = 8
 
 
 def request(tap: str, encoding: str | None, fidelity: float | None) -> TapRequest:
@@ -85,29 +86,32 @@ class Encoder:
 
     card: TapCard
     constants: Mapping[str, NDArray[np.generic]]
+    _held: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def encode(self, value: Tokens | Tensor) -> tuple[Parts, int]:
         """Stored arrays of R rows, each [R, ...], and how many values were clipped to their integer range."""
         card = self.card
         if isinstance(value, Tensor):
-            return _encode_plain(value, card.encoding)
-        prefix, lost = _to_half(value.prefix) if card.encoding not in ("fp32", "bf16") else (value.prefix, 0)
+            return encode_plain(value, card.encoding)
+        prefix, lost = to_half(value.prefix) if card.encoding not in ("fp32", "bf16") else (value.prefix, 0)
         parts: Parts = {}
         if card.prefix_tokens:
             parts["prefix"] = (
-                _bits(prefix)
+                bits(prefix)
                 if card.encoding == "bf16"
                 else prefix.float().cpu().numpy().astype(card.arrays["prefix"].dtype, copy=False)
             )
         if card.encoding in ("klt", "int8"):
             codes, clipped = self._integers(value.patches)
             return parts | codes, lost + clipped
-        plain, clipped = _encode_plain(value.patches, card.encoding)
+        plain, clipped = encode_plain(value.patches, card.encoding)
         return parts | plain, lost + clipped
 
     def _integers(self, patches: Tensor) -> tuple[Parts, int]:
         x = patches.float()
-        constants = self._on(x.device)
+        constants = self._on(x.device, torch.float32)
         if self.card.encoding == "int8":
             z = ((x - constants["offset"]) / constants["scale"]).round().transpose(1, 2)
             clipped = _beyond(z, NARROW_LIMIT)
@@ -126,13 +130,13 @@ class Encoder:
         """Rows of stored arrays (on any device) back to ``dtype``; the inverse of :meth:`encode` up to its stated error."""
         card = self.card
         if card.prefix_tokens == 0 and card.tokens == 0:
-            return _decode_plain(parts["values"], card.encoding, dtype)
+            return decode_plain(parts["values"], card.encoding, dtype)
         if card.encoding in ("klt", "int8"):
             patches = self._from_integers(parts, dtype)
         else:
-            patches = _decode_plain(parts["values"], card.encoding, dtype)
+            patches = decode_plain(parts["values"], card.encoding, dtype)
         if card.prefix_tokens:
-            prefix = _decode_plain(parts["prefix"], "bf16" if card.encoding == "bf16" else "fp32", dtype)
+            prefix = decode_plain(parts["prefix"], "bf16" if card.encoding == "bf16" else "fp32", dtype)
         else:
             prefix = patches.new_empty(patches.shape[0], 0, patches.shape[2])
         return Tokens(prefix, patches)
@@ -140,52 +144,26 @@ class Encoder:
     def _from_integers(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         stored = [parts[name].to(dtype) for name in ("wide", "codes") if name in self.card.arrays]
         z = (torch.cat(stored, dim=1) if len(stored) > 1 else stored[0]).transpose(1, 2)
-        constants = self._on(z.device)
+        constants = self._on(z.device, dtype)
         if self.card.encoding == "int8":
-            return z * constants["scale"].to(dtype) + constants["offset"].to(dtype)
-        # The step rides on the small basis, not on every code.
-        return z @ (constants["basis"] * constants["step"]).T.to(dtype) + constants["mean"].to(dtype)
+            return z * constants["scale"] + constants["offset"]
+        return z @ constants["inverse"] + constants["mean"]
 
-    def _on(self, device: torch.device) -> dict[str, Tensor]:
-        return {
-            name: torch.from_numpy(np.array(value, np.float32)).to(device) for name, value in self.constants.items()
-        }
-
-
-def _encode_plain(value: Tensor, encoding: str) -> tuple[Parts, int]:
-    if encoding == "sqrt8":
-        return {"values": (value.float().clamp(0, 1).sqrt() * 255).round().to(torch.uint8).cpu().numpy()}, 0
-    if encoding == "bf16":
-        return {"values": _bits(value)}, 0
-    if encoding == "fp16":
-        half, lost = _to_half(value)
-        return {"values": half.cpu().numpy()}, lost
-    return {"values": value.float().contiguous().cpu().numpy()}, 0
-
-
-def _decode_plain(stored: Tensor, encoding: str, dtype: torch.dtype) -> Tensor:
-    if encoding == "sqrt8":
-        root = stored.to(torch.float32) / 255
-        square = root * root
-        # Rounding each entry breaks the row sums; a relation's rows are distributions.
-        return (square / square.sum(-1, keepdim=True).clamp_min(1e-12)).to(dtype)
-    if encoding == "bf16":
-        return stored.view(torch.bfloat16).to(dtype)
-    return stored.to(dtype)
+    def _on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The constants, copied once: megabytes per tap, and each copy waits for what is queued on the device."""
+        if (device, dtype) not in self._held:
+            with torch.inference_mode(False):  # an inference tensor could not be used in training later
+                on = {name: torch.from_numpy(np.array(c, np.float32)).to(device) for name, c in self.constants.items()}
+                if "basis" in on:
+                    # The step rides on the small basis, not on every code.
+                    on["inverse"] = (on["basis"] * on["step"]).T
+                self._held[device, dtype] = {name: value.to(dtype) for name, value in on.items()}
+        return self._held[device, dtype]
 
 
 def _beyond(z: Tensor, limit: int) -> int:
     """Values that an integer of ``limit`` cannot hold; NaN is one of them."""
     return int((~(z.abs() <= limit)).sum())
-
-
-def _to_half(value: Tensor) -> tuple[Tensor, int]:
-    lost = int((value.abs() > HALF_MAX).sum())
-    return value.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).contiguous(), lost
-
-
-def _bits(value: Tensor) -> NDArray[np.generic]:
-    return value.to(torch.bfloat16).contiguous().view(torch.uint16).cpu().numpy()
 
 
 def fit(asked: TapRequest, calibration: Tokens | Tensor, heldout: Tokens | Tensor) -> Encoder:
@@ -245,7 +223,7 @@ def _fit_tokens(
     if flat.shape[0] > FIT_TOKENS:
         # Evenly spread over rows and positions; the stride is odd to the grid, so all positions are met.
         flat = flat[torch.linspace(0, flat.shape[0] - 1, FIT_TOKENS, dtype=torch.float64).long()]
-    x = flat.to(torch.float64).cpu().numpy()
+    x = flat.cpu().to(torch.float64).numpy()  # in this order: MPS has no float64
     if asked.encoding == "int8":
         low, high = x.min(axis=0), x.max(axis=0)
         scale = np.maximum((high - low) / 2 * 1.05, 1e-12) / NARROW_LIMIT
@@ -305,31 +283,47 @@ def _find_step(z: NDArray[np.float64], fidelity: float) -> float:
 
 
 def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | int]:
-    parts, saturated = encoder.encode(heldout)
-    rebuilt = encoder.decode({name: torch.from_numpy(np.array(value)) for name, value in parts.items()})
-    exact = heldout if isinstance(heldout, Tensor) else heldout.patches
-    copy = rebuilt if isinstance(rebuilt, Tensor) else rebuilt.patches
-    exact, copy = exact.double().cpu().flatten(0, -2), copy.double().flatten(0, -2)
-    spread = float(((exact - exact.mean(dim=0)) ** 2).sum())
-    error = float(((exact - copy) ** 2).sum())
-    norms = (exact.norm(dim=-1) * copy.norm(dim=-1)).clamp_min(1e-300)
-    cosine = (exact * copy).sum(-1) / norms
-    cosine = cosine[exact.norm(dim=-1) > 0]
-    stored = sum(_compressed(name, value) for name, value in parts.items() if name != "prefix")
+    """Errors over all tokens of ``heldout``, a few rows at a time: relation matrices are large in float64."""
+    whole = heldout if isinstance(heldout, Tensor) else heldout.patches
+    runs = [slice(start, start + CODEC_ROWS) for start in range(0, len(whole), CODEC_ROWS)]
+    total = torch.zeros(whole.shape[-1], dtype=torch.float64)
+    for run in runs:
+        total += _vectors(whole[run]).sum(dim=0)
+    mean = total * whole.shape[-1] / max(1, whole.numel())
+    spread = error = 0.0
+    saturated = stored = 0
+    cosines = []
+    for run in runs:
+        part = heldout[run] if isinstance(heldout, Tensor) else Tokens(heldout.prefix[run], heldout.patches[run])
+        codes, clipped = encoder.encode(part)
+        rebuilt = encoder.decode({name: torch.from_numpy(np.array(value)) for name, value in codes.items()})
+        exact, copy = _vectors(whole[run]), _vectors(rebuilt if isinstance(rebuilt, Tensor) else rebuilt.patches)
+        spread += float(((exact - mean) ** 2).sum())
+        error += float(((exact - copy) ** 2).sum())
+        saturated += clipped
+        stored += sum(_compressed(name, value) for name, value in codes.items() if name != "prefix")
+        lengths = exact.norm(dim=-1)
+        cosine = (exact * copy).sum(-1) / (lengths * copy.norm(dim=-1)).clamp_min(1e-300)
+        cosines.append(cosine[lengths > 0])
+    cosine = torch.cat(cosines)
     return {
         "relative_rmse": math.sqrt(error / spread) if spread > 0 else float(error > 0),
         "cosine_mean": float(cosine.mean()) if len(cosine) else 1.0,
         "cosine_min": float(cosine.min()) if len(cosine) else 1.0,
-        "bits_per_value": 8 * stored / exact.numel(),
+        "bits_per_value": 8 * stored / whole.numel(),
         "saturated": saturated,
     }
+
+
+def _vectors(value: Tensor) -> Tensor:
+    return value.cpu().double().flatten(0, -2)
 
 
 def _compressed(name: str, value: NDArray[np.generic]) -> int:
     if not compresses(str(value.dtype), name):
         return value.nbytes
     codec = numcodecs.Blosc(cname="zstd", clevel=5, shuffle=numcodecs.Blosc.BITSHUFFLE)
-    return sum(len(codec.encode(np.ascontiguousarray(value[i : i + 8]))) for i in range(0, len(value), 8))
+    return len(codec.encode(np.ascontiguousarray(value)))
 
 
 def compresses(dtype: str, name: str) -> bool:

@@ -24,7 +24,6 @@ def hugging_face(spec: Spec, classes: Sequence[str] | None) -> Listed:
     """The rows of one split of a Hugging Face data set: by name, saved folder or Parquet file."""
     try:
         import datasets
-        import pyarrow.compute as compute  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise UsageError(f"{spec.text!r} needs the package 'datasets': pip install 'hdcache[hf]'") from None
     data, split = _hf_split(spec, datasets)
@@ -39,10 +38,6 @@ def hugging_face(spec: Spec, classes: Sequence[str] | None) -> Listed:
     count = len(data)
     if not count:
         raise InputNotFound(f"{spec.text!r}: split {split!r} is empty")
-    # Lengths come from the offsets of the memory-mapped table; no image is read.
-    column = data.data.column(image)
-    sizes = compute.binary_length(compute.struct_field(column, "bytes")).to_pylist()
-    paths = compute.struct_field(column, "path").to_pylist()
     values = data.data.column(label).to_pylist() if label else [None] * count
     names: list[str] = []
     if label and isinstance(data.features[label], datasets.ClassLabel):
@@ -52,9 +47,6 @@ def hugging_face(spec: Spec, classes: Sequence[str] | None) -> Listed:
     ids = data.data.column(id_column).to_pylist() if id_column else [f"{split}/{row:09d}" for row in range(count)]
     rows = []
     for row in range(count):
-        size = sizes[row]
-        if size is None and paths[row] and os.path.exists(paths[row]):
-            size = os.path.getsize(paths[row])
         if ids[row] in (None, ""):
             raise UsageError(f"{spec.text!r}: row {row} has no value in the id column {id_column!r}")
         rows.append(Row(str(ids[row]), checked_label(values[row], f"{spec.text!r}, row {row}"), "", row))

@@ -121,6 +121,8 @@ def format_store(facts: dict[str, Any]) -> str:
                     f"          {'':<18}relations from it: KL {seal['kl_qk']:.5f} (QK), {seal['kl_vv']:.5f} (VV), "
                     f"{entry['smaller_than_relation_matrices_fp16']:g}x smaller than fp16 matrices"
                 )
+            if seal["kl"] is not None:
+                lines.append(f"          {'':<18}KL from the exact matrices {seal['kl']:.5f}")
     if not facts["teachers"]:
         lines.append(f"no teacher yet; 'hdcache extract --store {facts['path']} --teacher NAME=SPEC' adds one")
     return "\n".join(lines)

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import stat
 import tarfile
 import threading
 import time
@@ -36,8 +35,8 @@ SETTLED_NS = 2_000_000_000
 MAX_LABEL_BYTES = 1 << 20
 T = TypeVar("T")
 
-Entry = tuple[str, int, bool]
-"""Name, size in bytes (-1 if unknown), is it a directory."""
+Entry = tuple[str, bool]
+"""Name, is it a directory."""
 DIRECTORIES = TypeAdapter(dict[str, tuple[int, list[Entry]]])
 """Relative path -> mtime_ns and entries."""
 Sample = tuple[str, str, int, int, int | str | None]
@@ -87,13 +86,13 @@ def _listing(listings: Path, real: str) -> Path:
     return listings / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
 
 
-def walk(folder_path: str, listings: Path) -> list[tuple[str, int]]:
-    """(relative path, size) of every image; only directories that changed since the last listing are read."""
+def walk(folder_path: str, listings: Path) -> list[str]:
+    """The relative path of every image; only directories that changed since the last listing are read."""
     root = os.path.realpath(folder_path)
     store = _listing(listings, root)
     known = _load(store, DIRECTORIES) or {}
     keep: dict[str, tuple[int, list[Entry]]] = {}
-    images: list[tuple[str, int]] = []
+    images: list[str] = []
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         folder, ancestors = pending.pop()
@@ -112,34 +111,33 @@ def walk(folder_path: str, listings: Path) -> list[tuple[str, int]]:
         if _settled(info.st_mtime_ns, now):
             keep[folder] = entries
         prefix = f"{folder}/" if folder else ""
-        for name, size, is_directory in entries[1]:
+        for name, is_directory in entries[1]:
             if is_directory:
                 pending.append((prefix + name, (*ancestors, inode)))
             else:
-                images.append((prefix + name, size))
+                images.append(prefix + name)
     if keep != known:
         _save(store, keep)
     return images
 
 
 def _scan(path: str) -> list[Entry]:
+    """Directories and images in ``path``; only links are asked for more than the directory says of them."""
     entries: list[Entry] = []
     with os.scandir(path) as found:
         for entry in found:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                entries.append((entry.name, 0, True))
-            elif is_image(entry.name):
-                try:
-                    info = entry.stat()
-                except OSError:
-                    # A dangling link stays in the list: reading it fails by name instead of vanishing silently.
-                    entries.append((entry.name, -1, False))
-                else:
-                    if stat.S_ISREG(info.st_mode):
-                        entries.append((entry.name, info.st_size, False))
+                entries.append((entry.name, True))
+            elif is_image(entry.name) and (entry.is_file() or _dangles(entry)):
+                entries.append((entry.name, False))
     return entries
+
+
+def _dangles(entry: os.DirEntry[str]) -> bool:
+    """A dangling link stays in the list: reading it fails by name instead of vanishing silently."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def stamp_of(info: os.stat_result) -> tuple[int, int]:

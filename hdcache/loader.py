@@ -17,36 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.backbones import normalize
+from hdcache.batch import Batch, HostBatch, handed_over
 from hdcache.datasets import Dataset
 from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageError
 from hdcache.order import epoch_order, rank_slice
 from hdcache.photometric import apply_jitter, draw_jitter
 from hdcache.reader import TeacherReader, read_geometry
+from hdcache.resources import memory_budget
 from hdcache.samples import Recorded, open_sample
 from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.target_sources import RUN_ROWS, LiveTargets, Runs, StoredTargets
 from hdcache.views import row_order
-
-BUFFER_LIMIT = 8 << 30
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch on the loader's device."""
-
-    images: Tensor
-    """float32 [B, 3, H, W]: the stored view, jittered if asked for, normalised for the student."""
-    ids: list[str]
-    labels: Tensor
-    """int64 [B], -1 where a sample has none."""
-    targets: dict[str, dict[str, Tokens | Tensor]]
-    """Teacher name -> target name -> value (see :mod:`hdcache.taps`)."""
-    epoch: int
-    view: int
-    index: int
-    """Number of this batch within its epoch."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +44,8 @@ class Options:
     buffer_rows: int = 1024
     jitter: tuple[float, float, float] | None = None
     """Half ranges of brightness, contrast and saturation factors."""
+    pieces: int = 1
+    """Pieces that a batch is yielded in; only one of them is decoded on the device at a time."""
     drop_last: bool = False
     rank: int = 0
     world: int = 1
@@ -83,18 +68,6 @@ class Options:
             raise UsageError(f"batch size {self.batch_size} is smaller than the {self.world} processes that share it")
 
 
-@dataclass
-class _Pending:
-    """A batch in preparation on the host."""
-
-    ids: list[str]
-    labels: NDArray[np.int64]
-    pixels: list[NDArray[np.uint8]]
-    """The student's pixels first, then those of each live teacher; uint8 [B, 3, size, size]."""
-    arrays: dict[str, dict[str, NDArray[np.generic]]]
-    jitter: tuple[Tensor, Tensor] | None
-
-
 class Loader:
     """Iterates over epochs of a data set, with targets from a store, from live teachers, or without any.
 
@@ -107,7 +80,8 @@ class Loader:
     stored, live
         where targets come from.
     num_views
-        distinct views to go through, one per epoch; with a store, those that every stored teacher has sealed.
+        distinct views to go through, one per epoch. None: with a store those that every stored teacher has sealed,
+        without one another view in each epoch.
     """
 
     def __init__(
@@ -140,21 +114,31 @@ class Loader:
         self.dropped: dict[str, str] = {}
         """Samples that could not be read while training without a store: id -> reason."""
         self._next_epoch = 0
-        need = sum(
-            reader.bytes_per_row(target.derivation.taps)
-            for target, reader in zip(self.stored, self.readers, strict=False)
+        self._prefetch = self._affordable_prefetch()
+
+    def _affordable_prefetch(self) -> int:
+        """Batches to prepare ahead: what was asked for, or as many as fit the byte budget. The order never changes."""
+        options = self.options
+        stored = sum(target.reader.bytes_per_row(target.derivation.taps) for target in self.stored)
+        images = sum(3 * wanted.size**2 for wanted in self._inputs)
+        local = -(-options.batch_size // options.world)
+        budget = memory_budget()
+        for prefetch in range(options.prefetch, 0, -1):
+            # Runs are held from one buffer ahead of the batch that needs them; gathered batches wait beside them.
+            rows = 2 * -(-max(options.buffer_rows, options.batch_size) // options.world) + prefetch * local
+            if stored * (rows + prefetch * local) + images * (prefetch + 1) * local <= budget:
+                return prefetch
+        raise UsageError(
+            f"batches of {local} rows with a shuffle buffer of {options.buffer_rows} rows need more than the "
+            f"{budget / 1e9:.1f} GB that may be used for them ({stored:,} bytes of targets a row); "
+            "lower buffer_rows or batch_size, or raise HDCACHE_BUFFER_BYTES"
         )
-        if need * options.buffer_rows * 2 > BUFFER_LIMIT:
-            raise UsageError(
-                f"a shuffle buffer of {options.buffer_rows} rows of {need} bytes does not fit {BUFFER_LIMIT >> 30} GiB; "
-                f"set buffer_rows to {max(options.batch_size, BUFFER_LIMIT // (2 * need))} or less"
-            )
 
     def _usable_views(self, wanted: int | None) -> list[int]:
         if wanted is not None and wanted < 1:
             raise UsageError(f"num_views {wanted} must be at least 1")
         if self.store is None or not self.readers:
-            return list(range(wanted or 1))
+            return list(range(wanted or 0))
         sealed = [set(self.store.views(reader.name)) for reader in self.readers]
         common = sorted(set.intersection(*sealed))
         if not common or (wanted is not None and len(common) < wanted):
@@ -189,7 +173,8 @@ class Loader:
         return self.batches_per_epoch()
 
     def _view(self, epoch: int) -> int:
-        return self.views[epoch % len(self.views)]
+        # Views that nothing has recorded cost nothing: unless a number was asked for, each epoch has its own.
+        return self.views[epoch % len(self.views)] if self.views else epoch
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Rows of an epoch in order; every usable row exactly once."""
@@ -223,18 +208,21 @@ class Loader:
             shares.append(batch[rank_slice(len(batch), options.rank, options.world)])
         runs = Runs(self.stored, view, len(self.ids), shares)
         table, samples = self._table(view)
-        ahead = max(options.prefetch, -(-options.buffer_rows // options.batch_size))
+        ahead = max(self._prefetch, -(-options.buffer_rows // options.batch_size))
+        cuda = options.device.type == "cuda"
+        stream = torch.cuda.Stream(options.device) if cuda else None  # type: ignore[no-untyped-call]
         with (
             ThreadPoolExecutor(options.threads, "decode") as decoding,
             ThreadPoolExecutor(2, "read") as reading,
             ThreadPoolExecutor(1, "collate") as collating,
         ):
-            pending: list[Future[_Pending]] = []
+            pending: list[Future[HostBatch]] = []
             submitted = 0
+            waiting: tuple[Batch, torch.cuda.Event] | None = None
             try:
                 for number in range(len(shares)):
                     runs.request(reading, number + ahead + 1)
-                    while submitted < min(len(shares), number + options.prefetch):
+                    while submitted < min(len(shares), number + self._prefetch):
                         rows = shares[submitted]
                         futures = [
                             decoding.submit(self._open, view, int(row), int(samples[row]), table) for row in rows
@@ -244,7 +232,18 @@ class Loader:
                     began = time.perf_counter()
                     ready = pending.pop(0).result()
                     self.waited += time.perf_counter() - began
-                    yield self._finish(ready, epoch, view, start + number)
+                    for part in ready.split(options.pieces):
+                        if stream is None:
+                            yield self._finish(part, epoch, view, start + number)
+                            continue
+                        # One piece ahead on a stream of its own: copies and decoding overlap with the step before.
+                        with torch.cuda.stream(stream):
+                            following = self._finish(part, epoch, view, start + number), stream.record_event()
+                        if waiting is not None:
+                            yield handed_over(*waiting)
+                        waiting = following
+                if waiting is not None:
+                    yield handed_over(*waiting)
             finally:
                 for pool in (collating, decoding, reading):
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -282,7 +281,7 @@ class Loader:
         samples: NDArray[np.int64],
         futures: Sequence[Future[list[NDArray[np.uint8]] | str]],
         epoch: int,
-    ) -> _Pending:
+    ) -> HostBatch:
         opened = [future.result() for future in futures]
         kept = [i for i, found in enumerate(opened) if not isinstance(found, str)]
         reasons = {self.ids[samples[rows[i]]]: found for i, found in enumerate(opened) if isinstance(found, str)}
@@ -301,26 +300,32 @@ class Loader:
         jitter = None
         if self.options.jitter is not None:
             jitter = draw_jitter(self.options.jitter, self.options.seed, ids, epoch)
-        return _Pending(ids, self.labels[chosen], pixels, runs.gather(number, rows), jitter)
+        arrays = {
+            teacher: {name: self._host(value) for name, value in found.items()}
+            for teacher, found in runs.gather(number, rows).items()
+        }
+        return HostBatch(ids, self._host(self.labels[chosen]), [self._host(value) for value in pixels], arrays, jitter)
 
-    def _finish(self, ready: _Pending, epoch: int, view: int, index: int) -> Batch:
+    def _finish(self, ready: HostBatch, epoch: int, view: int, index: int) -> Batch:
         student = self._to_device(ready.pixels[0])
         targets: dict[str, dict[str, Tokens | Tensor]] = {}
         for target in self.stored:
             arrays = {name: self._to_device(value) for name, value in ready.arrays[target.name].items()}
             targets[target.name] = target.finish(arrays)
         for live, pixels in zip(self.live, ready.pixels[1:], strict=True):
-            targets[live.name] = live.finish(torch.from_numpy(pixels))
+            targets[live.name] = live.finish(pixels)
         if ready.jitter is None:
             images = normalize(student, self.options.preprocessing)
         else:
             jittered = apply_jitter(student.to(torch.float32) / 255, *ready.jitter)
             images = normalize(jittered, self.options.preprocessing)
         labels = self._to_device(ready.labels)
-        return Batch(images, ready.ids, labels, targets, epoch, view, index)
+        return Batch(images, ready.ids, labels, targets, epoch, view, index, ready.piece, ready.pieces, ready.share)
 
-    def _to_device(self, value: NDArray[np.generic]) -> Tensor:
+    def _host(self, value: NDArray[np.generic]) -> Tensor:
+        """``value`` as a tensor that can travel to the device while the device computes; pinned on the collating thread."""
         tensor = torch.from_numpy(value)
-        if self.options.device.type == "cuda":
-            return tensor.pin_memory().to(self.options.device, non_blocking=True)
-        return tensor.to(self.options.device)
+        return tensor.pin_memory() if self.options.device.type == "cuda" else tensor
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        return value.to(self.options.device, non_blocking=self.options.device.type == "cuda")

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from hdcache import draws
 
-MAX_LANES = 8
+MAX_LANES = 64
+"""Ranks that can share an epoch without reading one another's runs, where batch and buffer are large enough."""
 
 
 def epoch_order(
@@ -34,9 +35,10 @@ def epoch_order(
     rank = np.empty(len(names), np.int64)
     rank[draws.permutation(len(names), seed, epoch, "runs")] = np.arange(len(names))
     sequence = rows[np.argsort(rank[run_index], kind="stable")]
-    lanes = next(n for n in range(min(MAX_LANES, batch_size), 0, -1) if batch_size % n == 0)
     batches = max(1, -(-buffer_rows // batch_size))
     size = batches * batch_size
+    most = min(MAX_LANES, batch_size, max(1, size // run_rows))
+    lanes = next(n for n in range(most, 0, -1) if batch_size % n == 0)
     buffers = len(sequence) // size
     shuffle = draws.uniform(len(sequence), seed, epoch, "rows")
     main = sequence[: buffers * size].reshape(buffers, lanes, size // lanes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,20 +31,33 @@ def draw_jitter(
 def apply_jitter(images: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
     """Jitter ``images`` (float [B, 3, H, W] in [0, 1]); returns a new tensor in [0, 1]."""
     out = images.clone()
+    # Images of one order lie together in this list, so that it goes to the device in one copy.
+    places = orders.argsort(stable=True).to(images.device)
     factors = factors.to(images.device)[:, :, None, None, None]
-    for index in sorted(set(orders.tolist())):
-        chosen = (orders == index).nonzero().flatten().to(images.device)
+    start = 0
+    for order, count in zip(_ORDERS, orders.bincount(minlength=len(_ORDERS)).tolist(), strict=True):
+        if not count:
+            continue
+        chosen = places[start : start + count]
         part, strength = out[chosen], factors[chosen]
-        for operation in _ORDERS[index]:
+        for operation in order:
             part = _blend(part, strength[:, operation], operation)
         out[chosen] = part
+        start += count
     return out
+
+
+@lru_cache(maxsize=16)
+def _grey_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kept, because a copy to a device waits for all work that is queued there."""
+    with torch.inference_mode(False):  # an inference tensor could not be used in training later
+        return torch.tensor([0.2989, 0.587, 0.114], dtype=dtype, device=device).view(1, 3, 1, 1)
 
 
 def _blend(x: Tensor, factor: Tensor, operation: int) -> Tensor:
     if operation == 0:
         return (x * factor).clamp(0, 1)
-    grey = (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    grey = (x * _grey_weights(x.device, x.dtype)).sum(dim=1, keepdim=True)
     if operation == 1:
         grey = grey.mean(dim=(2, 3), keepdim=True)
     return (grey + (x - grey) * factor).clamp(0, 1)

@@ -70,7 +70,7 @@ def run_quickstart(out: Path, *, quiet: bool = False) -> dict[str, Any]:
         ("mae", "A teacher without labels: a masked autoencoder"),
     ):
         changes = {"epochs": TEACHER_EPOCHS, "warmup_epochs": 2}
-        train_run(title, f"{kind}-tiny", f"teacher-{kind}", changes, data=train, views=CROPS, num_views=TEACHER_EPOCHS)
+        train_run(title, f"{kind}-tiny", f"teacher-{kind}", changes, data=train, views=CROPS)
     teachers = [f"{kind}={out / f'teacher-{kind}'}" for kind in ("supervised", "mae")]
     command = command_line("extract", train, store=store, teacher=teachers, views=CROPS, **{"num-views": VIEWS})
     summary = step(

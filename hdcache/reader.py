@@ -20,7 +20,6 @@ from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.taps import Tokens
 
 Parts = dict[str, NDArray[np.generic]]
-_opening = threading.Lock()
 """Opening an array sets zarr's one global configuration for a moment."""
 
 
@@ -31,6 +30,7 @@ class TeacherReader:
         self.store, self.name = store, name
         self.record: TeacherRecord = store.teacher(name)
         self._pipeline = pipeline
+        self._lock = threading.Lock()
         self._manifests: dict[int, Manifest] = {}
         self._arrays: dict[tuple[int, str, str], ArrayReader] = {}
 
@@ -98,7 +98,7 @@ class TeacherReader:
 
     def _array(self, view: int, tap: str, name: str) -> ArrayReader:
         key = (view, tap, name)
-        with _opening:
+        with self._lock:
             if key not in self._arrays:
                 card = self.record.taps[tap].arrays[name]
                 manifest = self.manifest(view)

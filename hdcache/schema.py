@@ -185,6 +185,8 @@ class Certificate(Record):
     kl_qk: float | None = None
     """``attn_in`` taps: mean KL of the rebuilt Q-K relations from the exact ones, nats per row."""
     kl_vv: float | None = None
+    kl: float | None = None
+    """Relation taps: mean KL of the stored matrix from the exact one, nats per row."""
     saturated: int = 0
     """Held-out values that fell outside the integer range."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 
 from hdcache.errors import Interrupted
@@ -20,6 +21,9 @@ def install() -> None:
 def _remember(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and signal.SIGINT in _received:
         raise KeyboardInterrupt
+    if not _received:
+        again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+        sys.stderr.write(f"\nhdcache: stopping at the next safe point{again}\n")
     _received.append(number)
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,11 @@ def write_lock(path: Path) -> Iterator[None]:
             f"{path.parent} is being written by {who}; wait for it, or stop it and run the same command again"
         ) from None
     try:
-        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        # The note is for people; a full disk or a read-only mount is the work's to report.
+        with suppress(OSError):
+            owner.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
         lock.release()

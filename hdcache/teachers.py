@@ -50,7 +50,21 @@ class Teacher:
         -------
         dict
             float32 taps of R rows on the teacher's device.
+
+        Raises
+        ------
+        UsageError
+            when ``batch`` images are too many for the device's memory.
         """
+        try:
+            return self._forward(pixels, taps)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"teacher {self.name}: {self.device} has too little memory for {self.batch} images at a time; "
+                f"give --batch a number lower than {self.batch}"
+            ) from None
+
+    def _forward(self, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tokens | Tensor]:
         pieces: list[dict[str, Tokens | Tensor]] = []
         for start in range(0, max(1, len(pixels)), self.batch):
             part = pixels[start : start + self.batch].to(self.device)
@@ -214,7 +228,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
     if asked != "auto":
         raise UsageError(f"precision {asked!r} must be auto, fp32 or bf16")
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
         checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
         return "bf16" if any(check is not None and check() for check in checks) else "fp32"

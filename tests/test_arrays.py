@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hdcache import arrays
+from hdcache import durable
 from hdcache.arrays import (
     ArrayReader,
     ShardWriter,
@@ -233,9 +233,10 @@ def test_missing_and_short_objects(
 @pytest.mark.parametrize(("dtype", "codec"), [("int8", True), ("float32", False)])
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_flipped_bits_are_caught_while_reading(pipeline: str, dtype: str, codec: bool, tmp_path: Path) -> None:
-    """200 single flipped bits anywhere in a shard: an error each time."""
+    """200 single flipped bits anywhere in a shard that was proved before: an error each time, from its checksums."""
     made = Written(tmp_path, dtype, codec)
     reader, path = made.reader(pipeline), made.files[0]
+    reader.rows(0, SHARD)
     data = path.read_bytes()
     for place in np.random.default_rng(1).integers(0, 8 * len(data), 200).tolist():
         broken = bytearray(data)
@@ -246,14 +247,15 @@ def test_flipped_bits_are_caught_while_reading(pipeline: str, dtype: str, codec:
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_a_sibling_of_equal_size_needs_verify(pipeline: str, tmp_path: Path) -> None:
-    """Sizes and checksums are those of a shard, so reading cannot see a swap; the sha256 that verify compares can."""
+def test_a_sibling_of_equal_size_is_refused(pipeline: str, tmp_path: Path) -> None:
+    """Size and checksums are those of a shard; the sha256 that is compared when it is first read is another's."""
     made = Written(tmp_path, "float32", codec=False)
     made.files[0].write_bytes(made.files[1].read_bytes())
-    same(made.reader(pipeline).rows(0, 8), made.values[8:16])
-    listed = made.listed["a/c.0.0.0"]
-    assert listed.size == made.files[0].stat().st_size
-    assert listed.sha256 != hashlib.sha256(made.files[0].read_bytes()).hexdigest()
+    assert made.listed["a/c.0.0.0"].size == made.files[0].stat().st_size
+    reader = made.reader(pipeline)
+    with pytest.raises(StoreCorrupt, match=r"c\.0\.0\.0: sha256 .*, expected .*; run 'hdcache verify'"):
+        reader.rows(0, 8)
+    same(reader.rows(8, 16), made.values[8:16])
 
 
 def test_an_object_that_no_record_lists_is_not_read(written: Written) -> None:
@@ -471,7 +473,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 
             write = full
 
-        monkeypatch.setattr(arrays, "open", Full, raising=False)
+        monkeypatch.setattr(durable, "open", Full, raising=False)
     else:
         monkeypatch.setattr(os, where, full)
     (tmp_path / "x").mkdir()

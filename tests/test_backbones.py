@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import ssl
@@ -17,9 +16,10 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hdcache import backbones
 from hdcache.backbones import create_vit, load_backbone, normalize, parse_spec, save_student, weights_digest
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.schema import Preprocessing
@@ -40,18 +40,6 @@ def pictures(side: int = 16) -> Tensor:
 def features(model: Any, side: int = 16) -> Tensor:
     with torch.no_grad():
         return model.forward_features(pictures(side))  # type: ignore[no-any-return]
-
-
-def load(path: Path, more: str = "", **keywords: Any) -> Any:
-    return load_backbone(f"timm:{ARCHITECTURE}?{OPTIONS}{more}&checkpoint={path}", **keywords)
-
-
-def write(path: Path, state: Any) -> Path:
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    return path
 
 
 # Specs
@@ -152,149 +140,6 @@ def test_a_backbone_is_frozen_and_knows_its_input() -> None:
     assert (found.architecture, found.arguments["img_size"], found.last_trained) == (ARCHITECTURE, 24, "final")
 
 
-# Checkpoints
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
-def test_a_checkpoint_is_loaded_exactly(tmp_path: Path, suffix: str) -> None:
-    model = vit(3)
-    found = load(write(tmp_path / f"w+x{suffix}", model.state_dict()))
-    assert found.weights == weights_digest(model)
-    assert torch.equal(features(found.model), features(model))
-
-
-@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model_ema",), ("model", "state_dict")])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod.", "backbone."])
-def test_wrapped_and_prefixed_checkpoints_are_unwrapped(tmp_path: Path, wrappers: tuple[str, ...], prefix: str) -> None:
-    state: Any = {prefix + key: value for key, value in vit(3).state_dict().items()}
-    for wrapper in reversed(wrappers):
-        state = {wrapper: state, "epoch": 3, "optimizer": {}}
-    assert load(write(tmp_path / "w.pth", state)).weights == weights_digest(vit(3))
-
-
-def test_averaged_weights_win_over_the_others(tmp_path: Path) -> None:
-    state = {"state_dict": vit(1).state_dict(), "state_dict_ema": vit(2).state_dict()}
-    assert load(write(tmp_path / "w.pth", state)).weights == weights_digest(vit(2))
-
-
-def _missing(state: dict[str, Tensor]) -> None:
-    for key in [key for key in state if key.startswith("blocks.1.")]:
-        del state[key]
-
-
-def _unexpected(state: dict[str, Tensor]) -> None:
-    state["blocks.0.extra"] = torch.zeros(1)
-
-
-def _misshapen(state: dict[str, Tensor]) -> None:
-    state["norm.weight"] = torch.zeros(25)
-
-
-def _positions(state: dict[str, Tensor]) -> None:
-    state["pos_embed"] = torch.zeros(1, 8, 24)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (_missing, r"missing: blocks.1.attn.proj.bias, .* and 7 more\); give the architecture and options"),
-        (_unexpected, r"does not fit VisionTransformer \(unexpected: blocks.0.extra\)"),
-        (_misshapen, r"\(wrong shape: norm.weight \(25,\) for \(24,\)\)"),
-        (_positions, r"\(wrong shape: pos_embed \(1, 8, 24\) for \(1, 17, 24\)\)"),
-    ],
-)
-def test_keys_that_do_not_fit_are_listed(tmp_path: Path, spoil: Any, message: str) -> None:
-    state = dict(vit().state_dict())
-    spoil(state)
-    path = write(tmp_path / "w.safetensors", state)
-    with pytest.raises(UsageError, match=message) as caught:
-        load(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_classifier_is_left_out_unless_it_is_asked_for(tmp_path: Path) -> None:
-    """Its size comes from the checkpoint; a checkpoint without one never gets a random one."""
-    path = write(tmp_path / "w.pth", vit(3, num_classes=7).state_dict())
-    assert load(path).model.num_classes == 0
-    assert torch.equal(features(load(path).model), features(vit(3, num_classes=7)))
-    kept = load(path, classifier=True)
-    assert kept.model.head.weight.shape == (7, 24)
-    assert kept.model.num_classes == 7
-    without = load(write(tmp_path / "b.pth", vit(3).state_dict()), classifier=True)
-    assert without.model.num_classes == 0
-
-
-def test_half_a_classifier_is_refused(tmp_path: Path) -> None:
-    state = vit(3, num_classes=7).state_dict()
-    del state["head.bias"]
-    with pytest.raises(UsageError, match=r"missing: head.bias"):
-        load(write(tmp_path / "w.pth", state), classifier=True)
-
-
-def test_the_digest_sees_a_classifier_that_is_kept(tmp_path: Path) -> None:
-    """Logits of two heads on one backbone are different values, so the two networks have different digests."""
-    digests = set()
-    for number in range(2):
-        state = vit(3, num_classes=7).state_dict()
-        state["head.bias"] = torch.full((7,), float(number))
-        path = write(tmp_path / f"{number}.pth", state)
-        digests |= {load(path).weights, load(path, classifier=True).weights}
-    assert len(digests) == 3
-
-
-def test_position_embeddings_are_resampled_for_another_size(tmp_path: Path) -> None:
-    path = write(tmp_path / "w.pth", vit(3).state_dict())
-    found = load(path, img_size=24)
-    twin = vit(3)
-    twin.set_input_size(img_size=(24, 24))
-    assert found.preprocessing.size == 24
-    torch.testing.assert_close(features(found.model, 24), features(twin, 24))
-
-
-class Anything:
-    """Not a tensor."""
-
-
-@pytest.mark.parametrize(
-    ("made", "found"),
-    [({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"), ({"args": Anything()}, ".*Anything")],
-)
-def test_a_pickle_that_holds_objects_is_refused_and_named(tmp_path: Path, made: Any, found: str) -> None:
-    path = write(tmp_path / "w.pth", made | {"model": vit().state_dict()})
-    with pytest.raises(
-        UsageError, match=rf"w.pth: refused, it holds more than tensors \({found}\).* save its state_dict"
-    ):
-        load(path)
-
-
-@pytest.mark.parametrize("state", [[1], {"a": 1}, {"epoch": 3, "weights": {"deep": {"er": torch.zeros(1)}}}])
-def test_a_checkpoint_that_is_no_state_dict_is_refused(tmp_path: Path, state: Any) -> None:
-    with pytest.raises(UsageError, match="expected a mapping from parameter names to tensors"):
-        load(write(tmp_path / "w.pth", state))
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("keep", [0, 5, 300, 5000])
-def test_a_truncated_checkpoint_is_not_readable(tmp_path: Path, suffix: str, keep: int) -> None:
-    path = write(tmp_path / f"w{suffix}", vit().state_dict())
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputNotFound, match=r"not a readable checkpoint \(.+\); fetch it again") as caught:
-        load(path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"hello world this is not", b"\x80\x02xxx"])
-def test_a_file_of_something_else_is_not_readable(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(InputNotFound, match=r"w\.pth: not a readable checkpoint"):
-        load(tmp_path / "w.pth")
-
-
-def test_a_missing_checkpoint_is_not_found(tmp_path: Path) -> None:
-    with pytest.raises(InputNotFound, match=r"none\.pth: no such checkpoint"):
-        load(tmp_path / "none.pth")
-
-
 # The hub
 
 
@@ -349,8 +194,61 @@ def test_a_hub_that_answers_is_left_to_its_own_client(answer: str, monkeypatch: 
     monkeypatch.setattr("urllib.request.urlopen", respond)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(backbones, "load_pretrained", lambda model, filter_fn: filter_fn(model.state_dict(), model))
     create_vit(ARCHITECTURE, {}, pretrained=True)
-    assert seen == [False]
+    assert seen == [False, False]
+
+
+@pytest.fixture
+def on_the_hub(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """The network whose weights a hub that is always in reach gives out."""
+    model: nn.Module = create_vit(ARCHITECTURE, {"num_classes": 21843}, seed=5).eval()
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO())
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(model.state_dict()))
+    return model
+
+
+@pytest.mark.parametrize("options", ["", "?img_size=112"])
+def test_hub_weights_are_loaded_as_timm_does(on_the_hub: nn.Module, options: str) -> None:
+    found = load_backbone(f"{ARCHITECTURE}.augreg_in21k{options}")
+    more = {"img_size": 112} if options else {}
+    timms = timm.create_model(f"{ARCHITECTURE}.augreg_in21k", pretrained=True, num_classes=0, **more)
+    assert found.weights == weights_digest(timms)
+    assert torch.equal(found.model.blocks[3].mlp.fc1.weight, on_the_hub.blocks[3].mlp.fc1.weight)  # type: ignore[union-attr, index]
+
+
+def test_the_hub_s_classifier_is_kept_where_it_is_asked_for(on_the_hub: nn.Module) -> None:
+    found = load_backbone(f"{ARCHITECTURE}.augreg_in21k", classifier=True)
+    assert found.weights == weights_digest(on_the_hub)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("depth=14", r"missing: blocks\.12\.attn\.proj\.bias, .* and 19 more\)"),
+        ("depth=10", r"unexpected: blocks\.10\.attn\.proj\.bias, .* and 19 more\)"),
+        ("qk_norm=true", r"missing: blocks\.0\.attn\.k_norm\.bias, "),
+        ("embed_dim=96", r"wrong shape: .*blocks\.0\.attn\.proj\.bias \(192,\) for \(96,\)"),
+    ],
+)
+def test_hub_weights_of_another_network_are_refused(on_the_hub: nn.Module, options: str, message: str) -> None:
+    """timm is not strict once the classifier is left out; we are, with the list."""
+    with pytest.raises(UsageError, match=rf"checkpoint of {ARCHITECTURE}\.augreg_in21k does not fit .*{message}"):
+        load_backbone(f"{ARCHITECTURE}.augreg_in21k?{options}")
+
+
+def test_a_classifier_of_another_size_is_refused(on_the_hub: nn.Module) -> None:
+    with pytest.raises(UsageError, match=r"wrong shape: head\.bias \(21843,\) for \(10,\)"):
+        load_backbone(f"{ARCHITECTURE}.augreg_in21k?num_classes=10", classifier=True)
+
+
+def test_hub_weights_whose_keys_are_not_seen_are_refused(
+    on_the_hub: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm reads some formats past the filter that shows us the keys."""
+    monkeypatch.setattr(backbones, "load_pretrained", lambda *_, **__: None)
+    with pytest.raises(UsageError, match=r"keys cannot be checked; .*\?checkpoint=FILE"):
+        load_backbone(f"{ARCHITECTURE}.augreg_in21k")
 
 
 # Students
@@ -423,3 +321,16 @@ def test_normalize_is_the_same_for_bytes_and_floats() -> None:
     assert torch.equal(found, normalize(pixels.float() / 255, how))
     assert found[1, 2, 3, 3].item() == pytest.approx((95 / 255 - 0.3) / 1.0)
     assert found[0, 1, 0, 0].item() == pytest.approx((16 / 255 - 0.2) / 0.25)
+
+
+def test_normalize_keeps_its_constants() -> None:
+    """Made in inference mode or not, they serve training afterwards; equal settings share them."""
+    how = Preprocessing(size=4, mean=(0.11, 0.22, 0.33))
+    with torch.inference_mode():
+        normalize(torch.zeros(1, 3, 4, 4), how)
+    before = backbones._per_channel.cache_info()
+    image = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    normalize(image, how.model_copy(update={"size": 8})).sum().backward()
+    assert image.grad is not None
+    after = backbones._per_channel.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 2)

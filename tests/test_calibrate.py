@@ -94,6 +94,20 @@ def test_an_attention_input_states_what_its_relations_cost(
     assert exact.taps["block3.attn_in"].certificate.kl_qk == pytest.approx(0, abs=1e-6)
 
 
+def test_features_leave_the_device_batch_by_batch(
+    tmp_path: Path, teacher: Teacher, make_npz: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, sizes = Teacher.forward, []
+
+    def counted(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens | torch.Tensor]:
+        sizes.append(len(pixels))
+        return forward(self, pixels, taps)
+
+    monkeypatch.setattr(Teacher, "forward", counted)
+    fit(*opened(tmp_path / "s", make_npz(tmp_path / "d.npz", 20)), teacher, "final", "pooled")
+    assert sizes == [8, 8, 4]
+
+
 def test_recorded_views_are_replayed(
     tmp_path: Path, teacher: Teacher, tiny: str, make_npz: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

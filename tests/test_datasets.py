@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tarfile
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -266,17 +267,49 @@ def test_a_directory_changed_just_now_is_not_remembered(tmp_path: Path, scans: l
     assert len(scans) == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"": [1]}', b'{"": ["x", []]}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"": [1]}', b'{"": ["x", []]}', b"\xff", b"with sizes"])
 def test_a_corrupt_listing_is_ignored_and_replaced(content: bytes, tmp_path: Path, scans: list[str]) -> None:
     root = fill(tmp_path / "d", "a/1.png")
     age(root)
     open_dataset(str(root), cache=tmp_path / "c")
     (stored,) = (tmp_path / "c" / "listings").iterdir()
     good = stored.read_bytes()
+    if content == b"with sizes":  # as listings were before sizes were left out, yet of the same mtimes
+        old = {k: (mtime, [(name, 99, deep) for name, deep in names]) for k, (mtime, names) in json.loads(good).items()}
+        content = json.dumps(old).encode()
     stored.write_bytes(content)
     assert open_dataset(str(root), cache=tmp_path / "c").ids == ("a/1.png",)
     assert stored.read_bytes() == good
-    assert json.loads(good)[""][1] == [["a", 0, True]]
+    assert json.loads(good)[""][1] == [["a", True]]
+
+
+def test_listing_asks_no_file_for_more_than_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network file system each question is a round trip, and there may be millions of files."""
+    root = fill(tmp_path / "d", "a/1.png", "a/2.png", "b/1.png")
+    (root / "b/2.png").symlink_to(root / "a/1.png")
+    (root / "b/3.png").symlink_to(root / "gone.png")
+    os.mkfifo(root / "b/4.png")
+    scandir = os.scandir
+
+    class Entry:
+        """What a directory says of its entries; anything else would ask the file."""
+
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.name, self.path = entry.name, entry.path
+            self.is_dir, self.is_file, self.is_symlink = entry.is_dir, entry.is_file, entry.is_symlink
+
+    @contextmanager
+    def spy(path: str) -> Iterator[list[Entry]]:
+        with scandir(path) as found:
+            yield [Entry(entry) for entry in found]
+
+    monkeypatch.setattr(os, "scandir", spy)
+    asked: list[str] = []
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: (asked.append(os.path.basename(path)), exists(path))[1])
+    names = listings.walk(str(root), tmp_path / "c")
+    assert sorted(names) == ["a/1.png", "a/2.png", "b/1.png", "b/2.png", "b/3.png"]
+    assert set(asked) == {"3.png"}, "only a link may dangle"
 
 
 def test_an_unwritable_cache_is_ignored(tmp_path: Path) -> None:
@@ -470,6 +503,7 @@ def test_npz_options_string_labels_and_ids(tmp_path: Path) -> None:
         ({"x": arrays(), "y": np.arange(2)}, "", UsageError, r"labels are int64 \[2\]; expected 3 integers"),
         ({"x": arrays(), "y": np.ones(3)}, "", UsageError, r"labels are float64 \[3\]"),
         ({"x": arrays(), "ids": np.array(["a", "b", "a"])}, "", UsageError, "id 'a': row 0 and row 2"),
+        ({"x": arrays(), "ids": np.array(["a", "", "b"])}, "", UsageError, "row 1 has an empty id; give every sample"),
         ({"x": np.array([None, {}], dtype=object)}, "", InputNotFound, "without pickled objects"),
     ],
 )

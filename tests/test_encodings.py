@@ -323,6 +323,49 @@ def test_decoding_in_bf16_is_near(kind: str) -> None:
     assert float((low.patches.float() - data.patches).norm() / data.patches.norm()) < 0.06
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "klt"])
+def test_constants_are_copied_once_and_decode_to_the_same_bits(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once per device and dtype, in inference mode or not; the bits are those of the plain formula."""
+    data = gaussian(20, 6, 8)
+    encoder = fit(request("final", kind, None), data, data)
+    parts, _ = stored(encoder, data)
+    constants = {name: torch.from_numpy(np.array(value)) for name, value in encoder.constants.items()}
+    z = torch.cat([parts[name].to(dtype) for name in ("wide", "codes") if name in parts], dim=1).transpose(1, 2)
+    if kind == "klt":
+        expected = z @ (constants["basis"] * constants["step"]).T.to(dtype) + constants["mean"].to(dtype)
+    else:
+        expected = z * constants["scale"].to(dtype) + constants["offset"].to(dtype)
+    with torch.inference_mode():
+        encoder.encode(data)
+        first: Any = encoder.decode(parts, dtype)
+    monkeypatch.setattr(torch, "from_numpy", None)
+    encoder.encode(data)
+    second: Any = encoder.decode(parts, dtype)
+    assert torch.equal(first.patches, expected)
+    assert torch.equal(second.patches, expected)
+    assert not any(value.is_inference() for held in encoder._held.values() for value in held.values())
+
+
+def test_nothing_becomes_float64_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS has no float64, so tensors go to the CPU before they are widened."""
+    copied: list[int] = []
+    to_cpu = Tensor.cpu
+
+    def cpu(self: Tensor, *more: Any) -> Tensor:
+        assert self.dtype != torch.float64, "widened before it went to the CPU"
+        copied.append(self.numel())
+        return to_cpu(self, *more)
+
+    monkeypatch.setattr(Tensor, "cpu", cpu)
+    data = gaussian(20, 6, 8)
+    for kind in ("klt", "int8"):
+        fit(request("final", kind, None), data, data)
+    assert copied
+
+
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8", "klt"])
 def test_fitting_twice_gives_the_same_bits(kind: str) -> None:
     data, held = gaussian(30, 16, 12), gaussian(5, 16, 12, seed=1)
@@ -386,6 +429,22 @@ def test_certificate_equals_an_independent_computation(kind: str) -> None:
     assert seal.bits_per_value == pytest.approx(8 * count / exact.size)
     if kind == "fp16":
         assert seal.bits_per_value == 16
+
+
+def test_a_certificate_is_measured_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relation matrices of all rows in float64 would fill the memory."""
+    exact = torch.softmax(torch.randn(37, 2, 5, 5, generator=torch.Generator().manual_seed(0)), -1)
+    sizes: list[int] = []
+    encode = Encoder.encode
+
+    def spy(self: Encoder, value: Any) -> Any:
+        sizes.append(len(value))
+        return encode(self, value)
+
+    monkeypatch.setattr(Encoder, "encode", spy)
+    certificate = fit(request("block1.rel.vv", None, None), exact, exact).card.certificate
+    assert sizes == [8, 8, 8, 8, 5]
+    assert certificate.heldout_rows == 37
 
 
 def test_what_is_worth_a_codec() -> None:

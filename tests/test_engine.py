@@ -17,7 +17,7 @@ from PIL import ImageFile
 from hdcache.arrays import ShardWriter, durable_write
 from hdcache.datasets import open_dataset
 from hdcache.encodings import request
-from hdcache.errors import Interrupted, StoreMismatch, TooManyFailures, UsageError
+from hdcache.errors import InputNotFound, Interrupted, StoreMismatch, TooManyFailures, UsageError
 from hdcache.extract.calibrate import calibrate, write_record
 from hdcache.extract.engine import Pipeline, Timing, decode_row, finite_rows, shard_rows
 from hdcache.extract.run import open_or_create
@@ -153,6 +153,78 @@ def test_too_many_failures_keep_what_was_done(pipeline: Pipeline, writer: ViewWr
         pipeline.run(writer, [0, 1, 2], ignore)
     receipts = [writer.ledger.receipt(shard) for shard in range(3)]
     assert [receipt is not None for receipt in receipts] == [True, True, False]
+
+
+def test_a_data_set_that_is_gone_is_no_failed_row(
+    pipeline: Pipeline, writer: ViewWriter, folder: Path, tmp_path: Path
+) -> None:
+    pipeline.run(writer, [0], ignore)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(
+        InputNotFound, match=r"no image of shard 1 could be read \(.*No such file.*is the data set still there\?.*again"
+    ):
+        pipeline.run(writer, [1, 2], ignore)
+    assert writer.todo() == [1, 2]
+    (tmp_path / "away").rename(folder)
+    pipeline.run(writer, [1, 2], ignore)
+    assert writer.todo() == []
+
+
+def test_a_batch_of_failed_rows_needs_no_teacher(
+    pipeline: Pipeline, writer: ViewWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taps = ["block2.rel.qk", "final", "pooled"]
+    _, encoders = calibrate(
+        pipeline.store, pipeline.dataset, pipeline.teacher, [request(t, None, None) for t in taps], threads=2, source=""
+    )
+    writer.encoders = encoders
+    good = decode_row(pipeline.store, pipeline.dataset, PREPROCESSING, 0, 0)
+    forward, sizes = Teacher.forward, []
+
+    def counted(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens | torch.Tensor]:
+        sizes.append(len(pixels))
+        return forward(self, pixels, taps)
+
+    monkeypatch.setattr(Teacher, "forward", counted)
+    parts, failed, _ = pipeline._forward(writer, 0, [good, *(Row(i, None, reason="torn") for i in range(1, 8))])
+    assert sizes == [4]
+    assert sorted(failed) == [1, 2, 3, 4, 5, 6, 7]
+    for arrays in parts.values():
+        for value in arrays.values():
+            assert all(np.array_equal(value[1], value[i]) for i in range(2, 8)), "zeros that were encoded otherwise"
+
+
+def test_a_complete_shard_is_forwarded_again_only_if_a_failed_row_can_be_read(
+    pipeline: Pipeline, writer: ViewWriter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (folder / "a/00.png").read_bytes()
+    (folder / "a/00.png").write_bytes(b"")
+    pipeline.run(writer, [0, 1, 2], ignore)
+    (left,) = writer.todo()
+    told: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "forward", lambda *_: pytest.fail("a shard was forwarded for nothing"))
+        pipeline.run(writer, [left], lambda rows, timing: told.append(rows))
+    assert told == [len(shard_rows(pipeline.store, 0, left))]
+    assert list(pipeline.timing.failed) == ["a/00.png"]
+    (folder / "a/00.png").write_bytes(content)
+    pipeline.run(writer, [left], ignore)
+    assert writer.todo() == []
+
+
+def test_a_view_is_put_in_order_once(pipeline: Pipeline, writer: ViewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hdcache.extract import engine
+
+    calls: list[int] = []
+
+    def counted(count: int, seed: int, view: int) -> np.ndarray:
+        calls.append(view)
+        return row_order(count, seed, view)
+
+    monkeypatch.setattr(engine, "row_order", counted)
+    engine._order.cache_clear()
+    pipeline.run(writer, [0, 1, 2], ignore)
+    assert calls == [0]
 
 
 def test_an_error_of_the_writing_thread_is_raised(

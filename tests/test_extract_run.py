@@ -28,7 +28,7 @@ from hdcache.errors import (
     TooManyFailures,
     UsageError,
 )
-from hdcache.extract.run import ExtractSummary, extract, format_summary, shard_size
+from hdcache.extract.run import ExtractSummary, extract, format_summary, row_bytes, shard_size
 from hdcache.integrity import verify, view_ledger
 from hdcache.reader import TeacherReader, read_geometry
 from hdcache.samples import open_sample
@@ -290,6 +290,69 @@ def test_too_little_disk_is_noticed_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(OutOfSpace, match=r"are needed for 40 rows, 1.0 KB are free; free space, store fewer taps"):
         run(data, tmp_path / "s", f"t={tiny}")
+
+
+def test_the_disk_is_measured_for_every_tap_and_all_views(
+    data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taps = ["block3.attn_in", "final", "pooled", "block2.rel.qk"]
+    for encoding in ("fp32", "klt"):
+        summary = run(data, tmp_path / encoding, f"t={tiny}", encoding=encoding, taps=taps, rows_per_shard=40)
+        record = Store.open(tmp_path / encoding).teacher("t")
+        guess = 40 * sum(row_bytes(card) for card in record.taps.values())
+        assert guess == pytest.approx(summary.teachers["t"]["bytes"], rel=0.2)
+        assert all(row_bytes(card) > 0 for card in record.taps.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OutOfSpace, match=r"are needed for 80 rows"):
+        run(data, tmp_path / "fp32", f"t={tiny}", taps=taps, num_views=3)
+
+
+def test_taps_in_another_order_are_the_same_teacher(data: str, tmp_path: Path, tiny: str) -> None:
+    first = run(data, tmp_path / "s", f"t={tiny}", taps=["pooled", "final"])
+    again = run(data, tmp_path / "s", f"t={tiny}", taps=["final", "pooled"])
+    assert manifests(again) == manifests(first)
+    assert again.teachers["t"]["bottleneck"] == "nothing left to do"
+
+
+# What was lost
+
+
+@pytest.mark.parametrize("victim", ["geometry/c.1.0", "source_digest/c.1.0", "receipts/1.json"])
+@pytest.mark.parametrize("what", ["missing", "short"])
+def test_lost_geometry_is_drawn_again_without_the_teacher(
+    victim: str, what: str, data: str, tmp_path: Path, tiny: str, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(data, tmp_path / "s", f"t={tiny}")
+    before = tree(tmp_path / "s")
+    path = tmp_path / "s/views/0" / victim
+    if what == "short" and path.suffix != ".json":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        path.unlink()
+    monkeypatch.setattr(Teacher, "forward", lambda *_: pytest.fail("the teacher ran"))
+    assert run(data, tmp_path / "s", f"t={tiny}").teachers["t"]["rows_written"] == 0
+    assert tree(tmp_path / "s") == before
+
+
+def test_lost_constants_are_made_again_or_refused(
+    tmp_path: Path, tiny: str, make_folder: Callable[..., Path], tree: Tree
+) -> None:
+    root = make_folder(tmp_path / "d")
+    run(root, tmp_path / "s", f"t={tiny}", encoding="klt")
+    before = tree(tmp_path / "s")
+    folder = tmp_path / "s/teachers/t"
+    weight = folder / "weights/block3/qkv_weight/c.0.0"
+    flipped = bytearray(weight.read_bytes())
+    flipped[5] ^= 1
+    weight.write_bytes(flipped)
+    (folder / "weights/zarr.json").unlink()
+    (folder / "encodings/final/basis/c.0.0").unlink()
+    run(root, tmp_path / "s", f"t={tiny}", encoding="klt")
+    assert tree(tmp_path / "s") == before
+    (folder / "encodings/final/basis/c.0.0").unlink()
+    spoil(root)
+    with pytest.raises(StoreMismatch, match=r"basis/c.0.0: missing or damaged.*under a new name: --teacher t-2="):
+        run(root, tmp_path / "s", f"t={tiny}", encoding="klt")
 
 
 # Rows that fail

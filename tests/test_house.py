@@ -24,14 +24,17 @@ MAX_LINES = 350
 # A core file imports only files of its own line or of a line above it.
 LAYERS = [
     ["errors"],
-    ["draws", "schema"],
+    ["draws", "resources", "schema"],
+    ["durable"],
     [
         "arrays",
+        "checkpoints",
         "dataset_specs",
         "listings",
         "order",
         "photometric",
         "pixels",
+        "plain_encodings",
         "progress",
         "relations",
         "stopping",
@@ -40,7 +43,7 @@ LAYERS = [
     ["dataset_rows", "store", "taps"],
     ["backbones", "encodings", "hub_datasets", "integrity", "targets"],
     ["datasets", "info", "teachers"],
-    ["doctor", "reader", "samples"],
+    ["batch", "doctor", "reader", "samples"],
     ["target_sources"],
     ["loader"],
     ["api"],
@@ -62,9 +65,11 @@ WITHOUT_TORCH = ("errors", "schema", "draws", "datasets", "views", "samples", "a
 # Source files without a test file of their own.
 NO_OWN_TEST = {
     "hdcache/__main__.py": "one call; test_cli.py runs python -m hdcache",
+    "hdcache/batch.py": "a record, and a hand-over between CUDA streams that needs a GPU: tests/test_loader.py has both",
     "hdcache/errors.py": "each class is matched where it is raised, in the tests of the files that raise it",
     "hdcache/dataset_specs.py": "every spec and its messages are seen through open_dataset, in test_datasets.py",
     "hdcache/dataset_rows.py": "ids, labels and fingerprints are seen through open_dataset, in test_datasets.py",
+    "hdcache/plain_encodings.py": "every encoding is seen through Encoder, in test_encodings.py",
     "hdcache/listings.py": "listings are seen through open_dataset, in test_datasets.py",
 }
 

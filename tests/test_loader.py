@@ -19,11 +19,12 @@ from torch import Tensor
 
 from hdcache import loader as loader_module
 from hdcache.backbones import normalize
+from hdcache.batch import Batch
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.run import extract
 from hdcache.integrity import teacher_ledger
-from hdcache.loader import Batch, Loader, Options
+from hdcache.loader import Loader, Options
 from hdcache.order import rank_slice
 from hdcache.reader import read_geometry
 from hdcache.samples import open_sample
@@ -429,12 +430,37 @@ def test_options_that_cannot_be_meant_are_refused(fields: dict[str, int], messag
         Options(**({"batch_size": 8, "preprocessing": SHOWN} | fields))
 
 
-def test_a_buffer_that_does_not_fit_names_one_that_does(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "BUFFER_LIMIT", 1 << 20)
-    need = 2 * 17 * 48 * 4
-    with pytest.raises(UsageError, match=rf"buffer of 1000 rows of {need} bytes .* set buffer_rows to 80 or less"):
+def test_a_buffer_that_does_not_fit_is_refused(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that cannot be held even alone is refused with what to lower; the order is never changed silently."""
+    monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "1e6")
+    with pytest.raises(UsageError, match=r"shuffle buffer of 1000 rows need more than the 0\.0 GB .*lower buffer_rows"):
         make(holed, buffer_rows=1000)
-    make(holed, buffer_rows=80)
+
+
+def test_less_memory_prefetches_less_and_yields_the_same(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The byte budget limits how many batches wait, never which rows they hold."""
+    wide = make(holed, buffer_rows=16, prefetch=3)
+    monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "5e5")
+    tight = make(holed, buffer_rows=16, prefetch=3)
+    assert tight._prefetch < wide._prefetch == 3
+    assert [batch.ids for batch in tight.epoch(1)] == [batch.ids for batch in wide.epoch(1)]
+
+
+def test_pieces_of_a_batch_are_the_batch(holed: Path) -> None:
+    """Batches in pieces hold the same rows, images and targets in the same order, and their shares add up to one."""
+    whole, cut = list(make(holed, batch_size=8).epoch(0)), list(make(holed, batch_size=8, pieces=3).epoch(0))
+    for batch in whole:
+        parts = [part for part in cut if part.index == batch.index]
+        assert [part.piece for part in parts] == list(range(parts[0].pieces))
+        assert sum(part.share for part in parts) == pytest.approx(1)
+        assert [name for part in parts for name in part.ids] == batch.ids
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+        for teacher, targets in batch.targets.items():
+            for name, value in targets.items():
+                if isinstance(value, torch.Tensor):
+                    found = torch.cat([part.targets[teacher][name] for part in parts])
+                    torch.testing.assert_close(found, value)
 
 
 def test_too_few_rows_for_one_batch_are_refused(holed: Path) -> None:

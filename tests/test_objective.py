@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hdcache.backbones import create_vit
+from hdcache.batch import Batch
 from hdcache.distill.mae import MAE
 from hdcache.distill.objective import (
     Layout,
@@ -19,7 +20,6 @@ from hdcache.distill.objective import (
 )
 from hdcache.distill.supervised import Supervised
 from hdcache.distill.tinymim import TinyMIM
-from hdcache.loader import Batch
 from hdcache.schema import Preprocessing, TeacherCard
 from hdcache.taps import Tokens, parse_tap
 

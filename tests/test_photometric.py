@@ -86,3 +86,33 @@ def test_no_strength_changes_nothing() -> None:
     images = noise(5)
     factors, orders = draw_jitter((0, 0, 0), 0, IDS[:5], 0)
     torch.testing.assert_close(apply_jitter(images, factors, orders), images, rtol=0, atol=1e-6)
+
+
+def test_every_image_is_jittered_alone_whatever_the_mix_of_orders() -> None:
+    """The images of one order are gathered in one list, and go back to their places."""
+    images = noise(40)
+    factors, orders = draw_jitter((0.4, 0.4, 0.4), 0, IDS[:40], 0)
+    assert len(set(orders.tolist())) > 3
+    found = apply_jitter(images, factors, orders)
+    for row in range(40):
+        alone = apply_jitter(images[row : row + 1], factors[row : row + 1], orders[row : row + 1])
+        torch.testing.assert_close(found[row], alone[0], rtol=0, atol=1e-6)
+    assert apply_jitter(images[:0], factors[:0], orders[:0]).shape == (0, 3, 6, 5)
+
+
+def test_constants_and_places_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy to a device waits for it: one of the places, one of the factors, none of the grey weights."""
+    images = noise(40)
+    factors, orders = draw_jitter((0.4, 0.4, 0.4), 0, IDS[:40], 0)
+    apply_jitter(images, factors, orders)
+    copies: list[int] = []
+    to = torch.Tensor.to
+
+    def spy(self: torch.Tensor, *more: object) -> torch.Tensor:
+        copies.append(self.numel())
+        return to(self, *more)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    monkeypatch.setattr(torch, "tensor", None)
+    apply_jitter(images, factors, orders)
+    assert sorted(copies) == [40, 120]

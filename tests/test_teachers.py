@@ -59,6 +59,18 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny: str, precision: str) -> N
             assert torch.equal(part, value[span]), f"{name} in {span}"
 
 
+def test_too_little_memory_names_the_batch(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+
+    teacher = load_teacher(tiny, batch=48)
+    monkeypatch.setattr("hdcache.teachers.forward_taps", full)
+    message = f"teacher {teacher.name}: cpu has too little memory for 48 images at a time; give --batch a number lower"
+    with pytest.raises(UsageError, match=message) as caught:
+        teacher.forward(pixels(3), TAPS)
+    assert "\n" not in str(caught.value)
+
+
 def test_forward_is_the_network_s_own(tiny: str) -> None:
     teacher = load_teacher(tiny, precision="fp32")
     with torch.no_grad():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hdcache import stopping
+from hdcache.batch import Batch
 from hdcache.distill import trainer
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
@@ -27,12 +28,10 @@ from hdcache.distill.trainer import (
     build_optimizer,
     forget_after,
     one_step,
-    split,
     train,
     update_average,
 )
 from hdcache.errors import HdcacheError, Interrupted
-from hdcache.loader import Batch
 from hdcache.taps import Tokens
 
 Make = Callable[..., Recipe]
@@ -88,7 +87,7 @@ def test_live_without_a_store_equals_live_with_one(
     recipe = small_recipe(jitter=None, student__drop_path=0)
     run(recipe, tmp_path / "with", tiny_store, online=True, num_views=1)
     data = f"npz:{tiny_store.parent}/data.npz"
-    run(recipe, tmp_path / "without", None, data=data, online=True, teachers=[f"t={tiny}"])
+    run(recipe, tmp_path / "without", None, data=data, num_views=1, online=True, teachers=[f"t={tiny}"])
     for (_, one), (_, other) in zip(losses(tmp_path / "with"), losses(tmp_path / "without"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
 
@@ -121,7 +120,7 @@ def test_killed_in_an_epoch_and_resumed_equals_undisturbed(
     process = python(KILLED, recipe.model_dump_json(), tmp_path / "a", tiny_store, 11)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
-    assert not (tmp_path / "a" / "student.safetensors").exists()
+    assert not (tmp_path / "a" / "run.json").exists(), "killed before the end"
     rest = run(recipe, tmp_path / "a", tiny_store)
     assert rest["resumed_at"] == 8
     assert rest["steps"] == whole["steps"] == 16
@@ -166,8 +165,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_store: Path, tmp_path: Path, small
     again = run(small_recipe(), tmp_path / "a", tiny_store)
     assert weights(tmp_path / "a") == before
     assert lines(tmp_path / "a") == log
-    assert (again["steps"], again["resumed_at"], again["loss"]) == (8, 8, first["loss"])
-    assert again["seconds"] == pytest.approx(first["seconds"])
+    assert again == first, "its record too"
 
 
 def test_states_are_saved_as_often_as_asked(
@@ -298,17 +296,15 @@ def batch_of(count: int) -> Batch:
     return Batch(images, [str(i) for i in range(count)], torch.arange(count), targets, 0, 0, 0)
 
 
-@pytest.mark.parametrize(("count", "pieces"), [(8, 1), (8, 2), (7, 3), (2, 5)])
-def test_pieces_are_the_batch_in_order(count: int, pieces: int) -> None:
-    batch = batch_of(count)
-    parts = list(split(batch, pieces))
-    assert len(parts) == min(pieces, count)
-    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-    assert torch.cat([part.labels for part in parts]).tolist() == list(range(count))
-    assert [name for part in parts for name in part.ids] == batch.ids
-    tokens = [part.targets["t"]["final"] for part in parts]
-    assert torch.equal(torch.cat([t.patches for t in tokens]), batch.targets["t"]["final"].patches)  # type: ignore[union-attr]
-    assert torch.equal(torch.cat([part.targets["t"]["pooled"] for part in parts]), batch.labels)  # type: ignore[arg-type]
+def pieces_of(count: int, number: int) -> list[Batch]:
+    """A batch as a loader with ``Options.pieces`` yields it."""
+    whole, cut = batch_of(count), [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
+    return [
+        Batch(
+            whole.images[part], whole.ids[part], whole.labels[part], {}, 0, 0, 0, i, number, (part.stop - part.start) / count
+        )
+        for i, part in enumerate(cut)
+    ]  # fmt: skip
 
 
 def gradient(small_recipe: Make, count: int, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -318,7 +314,7 @@ def gradient(small_recipe: Make, count: int, **changes: Any) -> tuple[torch.Tens
         module,
         module,
         torch.optim.SGD(module.parameters(), lr=0.0),
-        batch_of(count),
+        pieces_of(count, min(recipe.accumulate, count)),
         recipe,
         {"a": 1.0, "b": 2.0},
         None,
@@ -364,9 +360,11 @@ def test_only_matrices_decay(small_recipe: Make) -> None:
     of = {id(parameter): name for name, parameter in module.named_parameters()}
     assert [of[id(p)] for group in optimizer.param_groups for p in group["params"]] == names
     decaying = {of[id(p)] for p in decayed["params"]}
-    assert all(name.endswith(("weight",)) and "norm" not in name for name in decaying)
+    tokens = {"student.cls_token", "student.reg_token", "student.pos_embed"}
+    assert tokens <= decaying, "as in the released code: only vectors are spared"
+    assert all(name.endswith("weight") and "norm" not in name for name in decaying - tokens)
     rest = {of[id(p)] for p in plain["params"]}
-    assert {"student.cls_token", "student.reg_token", "student.pos_embed", "student.blocks.0.ls1.gamma"} <= rest
+    assert "student.blocks.0.ls1.gamma" in rest
     assert len(decaying | rest) == len(list(module.parameters()))
 
 

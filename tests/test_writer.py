@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hdcache.errors import StoreCorrupt
+from hdcache.arrays import ShardWriter
+from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.extract.writer import Row, ViewWriter, is_recorded, write_once
 from hdcache.reader import TeacherReader, read_geometry, read_shard_geometry
 from hdcache.store import Store
@@ -145,9 +148,79 @@ def test_a_row_that_was_read_but_has_no_finite_features_is_recorded(writer: View
 
 def test_sealing_twice_changes_nothing(writer: ViewWriter, tree: Tree) -> None:
     complete(writer)
-    stamps = {path: path.stat().st_mtime_ns for path in writer.store.path.rglob("*") if path.is_file()}
+    stamps = {
+        path: path.stat().st_mtime_ns for path in writer.store.path.rglob("*") if path.is_file() and path.name[0] != "."
+    }
     complete(writer)
-    assert stamps == {path: path.stat().st_mtime_ns for path in writer.store.path.rglob("*") if path.is_file()}
+    assert stamps == {
+        path: path.stat().st_mtime_ns for path in writer.store.path.rglob("*") if path.is_file() and path.name[0] != "."
+    }
+
+
+def test_writers_of_one_view_wait_for_each_other_and_keep_what_is_recorded(writer: ViewWriter) -> None:
+    writer.open()
+    rows = rows_of(writer, 0)
+    flaky = [Row(rows[0].sample, None, reason="flaky"), *rows[1:]]
+    other = ViewWriter(writer.store, writer.record, writer.encoders, 1)
+    late = threading.Thread(target=writer._write_geometry, args=(0, (0, 8), flaky))
+    with other._view_lock():
+        late.start()
+        late.join(0.3)
+        assert late.is_alive()
+        other._merge_geometry(0, (0, 8), rows)
+    late.join(60)
+    found = read_shard_geometry(writer.store, 1, 0)
+    assert found is not None
+    assert is_recorded(found[0]).all()
+
+
+def test_lost_geometry_is_rebuilt_from_what_is_left(writer: ViewWriter, tree: Tree) -> None:
+    complete(writer)
+    before = tree(writer.store.path)
+    folder = writer.geometry.folder
+    drawn = [replace(row, box=(0, 0, 1, 1)) for row in rows_of(writer, 1)]
+    for lost, rows in (
+        (["receipts/1.json"], drawn),
+        (["source_digest/c.1.0"], drawn),
+        (["geometry/c.1.0"], rows_of(writer, 1)),
+        (["geometry/c.1.0", "source_digest/c.1.0", "receipts/1.json"], rows_of(writer, 1)),
+    ):
+        for name in lost:
+            (folder / name).unlink()
+        assert writer.lost_geometry() == [1]
+        assert writer.todo() == []
+        assert not writer.sealed()
+        writer.rebuild_geometry(1, rows)
+        writer.seal()
+        assert writer.sealed()
+        assert tree(writer.store.path) == before, lost
+
+
+def test_geometry_is_not_rebuilt_from_another_image(writer: ViewWriter) -> None:
+    complete(writer)
+    (writer.geometry.folder / "geometry/c.1.0").unlink()
+    rows = rows_of(writer, 1)
+    for bad, why in (
+        (replace(rows[2], digest=bytes(31) + b"x"), "the image changed"),
+        (Row(rows[2].sample, None, reason="torn"), "torn"),
+    ):
+        with pytest.raises(StoreMismatch, match=rf"geometry of shard 1 is lost .*{why}.*run the same command again"):
+            writer.rebuild_geometry(1, [*rows[:2], bad, *rows[3:]])
+    writer.rebuild_geometry(1, rows)
+    assert writer.lost_geometry() == []
+
+
+def test_the_arrays_of_a_shard_are_encoded_side_by_side(writer: ViewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer.open()
+    encode, both, first = ShardWriter.encode, threading.Barrier(2, timeout=60), iter(range(2))
+
+    def met(self: ShardWriter, *block: Any) -> bytes:
+        if next(first, None) is not None:
+            both.wait()  # breaks unless a second array is being encoded
+        return encode(self, *block)
+
+    monkeypatch.setattr(ShardWriter, "encode", met)
+    assert write(writer, 0) > 0
 
 
 def test_a_small_file_is_written_once(tmp_path: Path) -> None:

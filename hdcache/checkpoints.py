@@ -1,0 +1,108 @@
+"""Read a checkpoint from a file as a state dict, without its wrappers, and load it strictly."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from hdcache.errors import InputNotFound, UsageError
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough to stand inside another message."""
+    text = str(error).strip() or type(error).__name__
+    return (text if not isinstance(error, LookupError) else f"no {text}").splitlines()[0][:160]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors by parameter name, from a .safetensors file or a pickle of nothing but tensors.
+
+    Raises
+    ------
+    InputNotFound
+        when the file is missing or damaged.
+    UsageError
+        when it holds anything else than a state dict.
+    """
+    if not path.is_file():
+        raise InputNotFound(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # weights_only refuses pickles that hold more than tensors with an UnpicklingError that names the first.
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UsageError(
+                f"{path}: refused, it holds more than tensors ({found[1]}), which could run code; "
+                "where you trust it, load it and save its state_dict alone as .safetensors"
+            ) from None
+        raise InputNotFound(f"{path}: not a readable checkpoint ({first_line(error)}); fetch it again") from None
+    return unwrapped(state, str(path))
+
+
+def unwrapped(state: Any, where: str) -> dict[str, Tensor]:
+    """The state dict inside what a training script saved, without prefixes that all names share."""
+    for _ in range(2):  # {"model": {"state_dict": ...}}
+        inner = [state[key] for key in _WRAPPERS if isinstance(state, dict) and isinstance(state.get(key), dict)]
+        state = inner[0] if inner else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{where}: expected a mapping from parameter names to tensors; save the state_dict alone")
+    while state and (common := [p for p in _PREFIXES if all(key.startswith(p) for key in state)]):
+        state = {key[len(common[0]) :]: value for key, value in state.items()}
+    return dict(state)
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load ``state`` into ``model``; any missing, unexpected or misshapen key is refused with the list.
+
+    A classifier or attention pool in ``state`` that ``model`` has no place for is left out.
+    """
+    model.load_state_dict(fitted(model, state, where), strict=False)
+
+
+def fitted(model: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """What :func:`load_strictly` loads, or its refusal; ``model`` stays as it is."""
+    own = model.state_dict()
+    fits = {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in state.items()}
+    try:
+        # Older spellings of keys, and position embeddings for another input size.
+        converted = state if fits else dict(checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True))
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+        converted = state
+    # The pool of a checkpoint that is read without it (SigLIP) stands after the last tap, as a classifier does.
+    spare = ("head.", "head_dist.", *(() if getattr(model, "attn_pool", None) else ("attn_pool.",)))
+    converted = {key: value for key, value in converted.items() if key in own or not key.startswith(spare)}
+    missing = sorted(key for key in own if key not in converted)
+    unexpected = sorted(key for key in converted if key not in own)
+    shapes = sorted(
+        f"{key} {tuple(state.get(key, converted[key]).shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in converted and converted[key].shape != own[key].shape
+    )
+    if missing or unexpected or shapes:
+        parts = [
+            f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+            if keys
+        ]
+        raise UsageError(
+            f"{where} does not fit {type(model).__name__} ({'; '.join(parts)}); "
+            "give the architecture and options that the checkpoint was made with"
+        )
+    return converted
+
+
+def is_head(key: str) -> bool:
+    """Whether a parameter belongs to a classifier."""
+    return key.startswith(("head.", "head_dist."))

@@ -1,0 +1,82 @@
+"""Files that are there after a power cut, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from hdcache.errors import OutOfSpace
+from hdcache.schema import StoredObject
+
+_UNSUPPORTED = (errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> StoredObject:
+    """Write ``data`` so that after return it survives a power cut: temporary file, fsync, rename, fsync of the folder.
+
+    Raises
+    ------
+    OutOfSpace
+        when the disk or quota is full.
+    FileExistsError
+        with ``create_only``, when ``path`` exists.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        _make_folder(path.parent)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if create_only and _link(partial, path):
+            os.unlink(partial)  # renaming one name of a file to another of its names would do nothing
+        else:
+            os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(
+                error.errno,
+                f"no space left while writing {path}; finished shards are safe: free space and run the same command again",
+            ) from None
+        raise
+    return StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _link(partial: Path, path: Path) -> bool:
+    """Let exactly one process create ``path``, FileExistsError for all others; True where it has its content already."""
+    try:
+        os.link(partial, path)
+        return True
+    except OSError as error:
+        # exFAT, SMB and some FUSE mounts have no hard links.
+        if error.errno not in _UNSUPPORTED:
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        return False
+
+
+def _make_folder(folder: Path) -> None:
+    """``mkdir -p`` that survives a power cut too."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable: files added, replaced or removed."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(number)

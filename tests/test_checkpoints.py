@@ -1,0 +1,200 @@
+"""Checkpoints: files of many shapes, read without running code, loaded to the last key or refused with the list."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hdcache.backbones import create_vit, load_backbone, weights_digest
+from hdcache.checkpoints import fitted, load_strictly
+from hdcache.errors import InputNotFound, UsageError
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+OPTIONS = "&".join(f"{key}={value}" for key, value in SMALL.items())
+
+
+def vit(seed: int = 0, **arguments: Any) -> Any:
+    return create_vit(ARCHITECTURE, SMALL | {"num_classes": 0} | arguments, seed=seed).eval()
+
+
+def features(model: Any, side: int = 16) -> Tensor:
+    pictures = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.forward_features(pictures)  # type: ignore[no-any-return]
+
+
+def load(path: Path, more: str = "", **keywords: Any) -> Any:
+    return load_backbone(f"timm:{ARCHITECTURE}?{OPTIONS}{more}&checkpoint={path}", **keywords)
+
+
+def write(path: Path, state: Any) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_a_checkpoint_is_loaded_exactly(tmp_path: Path, suffix: str) -> None:
+    model = vit(3)
+    found = load(write(tmp_path / f"w+x{suffix}", model.state_dict()))
+    assert found.weights == weights_digest(model)
+    assert torch.equal(features(found.model), features(model))
+
+
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model_ema",), ("model", "state_dict")])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod.", "backbone."])
+def test_wrapped_and_prefixed_checkpoints_are_unwrapped(tmp_path: Path, wrappers: tuple[str, ...], prefix: str) -> None:
+    state: Any = {prefix + key: value for key, value in vit(3).state_dict().items()}
+    for wrapper in reversed(wrappers):
+        state = {wrapper: state, "epoch": 3, "optimizer": {}}
+    assert load(write(tmp_path / "w.pth", state)).weights == weights_digest(vit(3))
+
+
+def test_averaged_weights_win_over_the_others(tmp_path: Path) -> None:
+    state = {"state_dict": vit(1).state_dict(), "state_dict_ema": vit(2).state_dict()}
+    assert load(write(tmp_path / "w.pth", state)).weights == weights_digest(vit(2))
+
+
+def _missing(state: dict[str, Tensor]) -> None:
+    for key in [key for key in state if key.startswith("blocks.1.")]:
+        del state[key]
+
+
+def _unexpected(state: dict[str, Tensor]) -> None:
+    state["blocks.0.extra"] = torch.zeros(1)
+
+
+def _misshapen(state: dict[str, Tensor]) -> None:
+    state["norm.weight"] = torch.zeros(25)
+
+
+def _positions(state: dict[str, Tensor]) -> None:
+    state["pos_embed"] = torch.zeros(1, 8, 24)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_missing, r"missing: blocks.1.attn.proj.bias, .* and 7 more\); give the architecture and options"),
+        (_unexpected, r"does not fit VisionTransformer \(unexpected: blocks.0.extra\)"),
+        (_misshapen, r"\(wrong shape: norm.weight \(25,\) for \(24,\)\)"),
+        (_positions, r"\(wrong shape: pos_embed \(1, 8, 24\) for \(1, 17, 24\)\)"),
+    ],
+)
+def test_keys_that_do_not_fit_are_listed(tmp_path: Path, spoil: Any, message: str) -> None:
+    state = dict(vit().state_dict())
+    spoil(state)
+    path = write(tmp_path / "w.safetensors", state)
+    with pytest.raises(UsageError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_classifier_is_left_out_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """Its size comes from the checkpoint; a checkpoint without one never gets a random one."""
+    path = write(tmp_path / "w.pth", vit(3, num_classes=7).state_dict())
+    assert load(path).model.num_classes == 0
+    assert torch.equal(features(load(path).model), features(vit(3, num_classes=7)))
+    kept = load(path, classifier=True)
+    assert kept.model.head.weight.shape == (7, 24)
+    assert kept.model.num_classes == 7
+    without = load(write(tmp_path / "b.pth", vit(3).state_dict()), classifier=True)
+    assert without.model.num_classes == 0
+
+
+def test_half_a_classifier_is_refused(tmp_path: Path) -> None:
+    state = vit(3, num_classes=7).state_dict()
+    del state["head.bias"]
+    with pytest.raises(UsageError, match=r"missing: head.bias"):
+        load(write(tmp_path / "w.pth", state), classifier=True)
+
+
+def test_the_digest_sees_a_classifier_that_is_kept(tmp_path: Path) -> None:
+    """Logits of two heads on one backbone are different values, so the two networks have different digests."""
+    digests = set()
+    for number in range(2):
+        state = vit(3, num_classes=7).state_dict()
+        state["head.bias"] = torch.full((7,), float(number))
+        path = write(tmp_path / f"{number}.pth", state)
+        digests |= {load(path).weights, load(path, classifier=True).weights}
+    assert len(digests) == 3
+
+
+def test_position_embeddings_are_resampled_for_another_size(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", vit(3).state_dict())
+    found = load(path, img_size=24)
+    twin = vit(3)
+    twin.set_input_size(img_size=(24, 24))
+    assert found.preprocessing.size == 24
+    torch.testing.assert_close(features(found.model, 24), features(twin, 24))
+
+
+class Anything:
+    """Not a tensor."""
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"), ({"args": Anything()}, ".*Anything")],
+)
+def test_a_pickle_that_holds_objects_is_refused_and_named(tmp_path: Path, made: Any, found: str) -> None:
+    path = write(tmp_path / "w.pth", made | {"model": vit().state_dict()})
+    with pytest.raises(
+        UsageError, match=rf"w.pth: refused, it holds more than tensors \({found}\).* save its state_dict"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("state", [[1], {"a": 1}, {"epoch": 3, "weights": {"deep": {"er": torch.zeros(1)}}}])
+def test_a_checkpoint_that_is_no_state_dict_is_refused(tmp_path: Path, state: Any) -> None:
+    with pytest.raises(UsageError, match="expected a mapping from parameter names to tensors"):
+        load(write(tmp_path / "w.pth", state))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("keep", [0, 5, 300, 5000])
+def test_a_truncated_checkpoint_is_not_readable(tmp_path: Path, suffix: str, keep: int) -> None:
+    path = write(tmp_path / f"w{suffix}", vit().state_dict())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputNotFound, match=r"not a readable checkpoint \(.+\); fetch it again") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"hello world this is not", b"\x80\x02xxx"])
+def test_a_file_of_something_else_is_not_readable(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(InputNotFound, match=r"w\.pth: not a readable checkpoint"):
+        load(tmp_path / "w.pth")
+
+
+def test_a_missing_checkpoint_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFound, match=r"none\.pth: no such checkpoint"):
+        load(tmp_path / "none.pth")
+
+
+def test_an_attention_pool_that_the_network_lacks_is_left_out() -> None:
+    """As a classifier is: it stands after the last tap. A network that has one needs it."""
+    pooled = vit(3, global_pool="map")
+    plain = vit(4, global_pool="avg", fc_norm=False)
+    load_strictly(plain, pooled.state_dict(), "w")
+    assert torch.equal(features(plain), features(pooled))
+    with pytest.raises(UsageError, match=r"w does not fit VisionTransformer \(missing: attn_pool\."):
+        load_strictly(pooled, plain.state_dict(), "w")
+
+
+def test_fitting_changes_nothing() -> None:
+    model, state = vit(1), vit(2).state_dict()
+    before = weights_digest(model)
+    found = fitted(model, state, "w")
+    assert weights_digest(model) == before
+    assert found.keys() == state.keys()

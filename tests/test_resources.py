@@ -1,0 +1,27 @@
+"""Cores and memory are shared among the processes of one machine, and a user may set the memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from hdcache.resources import MOST_BYTES, MOST_THREADS, available_cores, memory_budget, ranks_here
+
+
+def test_ranks_of_one_machine_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks get a quarter of the memory each, and never less than one core."""
+    monkeypatch.delenv("HDCACHE_BUFFER_BYTES", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert ranks_here() == 1
+    alone, cores = memory_budget(), available_cores()
+    assert 0 < alone <= MOST_BYTES
+    assert 1 <= cores <= min(MOST_THREADS, os.cpu_count() or 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_budget() == alone // 4
+    assert available_cores() == max(1, cores // 4)
+
+
+def test_the_user_may_set_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "2e9")
+    assert memory_budget() == 2_000_000_000
