@@ -163,7 +163,9 @@ def distill(
         if outcome.steps == outcome.resumed_at and finished.is_file():
             result: dict[str, Any] = json.loads(finished.read_text())
         else:
-            result = {"out": str(folder)} | report(plan, outcome, dataset, opened, about, loader, where, started, last_trained)
+            result = {"out": str(folder)} | report(
+                plan, outcome, dataset, opened, about, loader, where, started, last_trained
+            )
             if ranks.first:
                 publish(averaged)
                 durable_write(finished, json.dumps(result, indent=1).encode())

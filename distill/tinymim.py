@@ -22,16 +22,12 @@ from hdcache.errors import UsageError, nearest
 from hdcache.relations import KINDS, RelationKind, log_relation, relation_kl, split_heads
 from hdcache.schema import Record, TeacherCard
 from hdcache.taps import Tokens, attention_of, num_blocks, parse_tap
+from hdcache.targets import default_block
 
 if TYPE_CHECKING:
     from hdcache.batch import Batch
 
 NORM_EPS = 1e-6
-
-
-def default_teacher_block(depth: int) -> int:
-    """The paper's target block (1-based): the last of up to 12 blocks, else three quarters of the depth (18 of 24)."""
-    return depth if depth <= 12 else int(0.75 * depth + 0.5)
 
 
 class TinyMIMHeads(nn.Module):
@@ -97,7 +93,7 @@ class TinyMIM(Record):
         """One teacher's relations of the target block, or one of its token tensors."""
         name, card = self._teacher(cards)
         if self.strategy == "relation":
-            block = self.teacher_block or default_teacher_block(card.depth)
+            block = self.teacher_block or default_block(card.depth)
             cut = f"@{self.heads}" if self.heads else ""
             names = tuple(f"block{block}.rel.{kind}{cut}" for kind in self.relations)
         else:

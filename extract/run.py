@@ -8,7 +8,6 @@ The same command again finishes what is missing, retries rows that failed, and c
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -27,8 +26,10 @@ from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import Progress, size
 from hdcache.reader import TeacherReader
+from hdcache.resources import available_cores
 from hdcache.schema import StoreCard, TapCard, TapRequest, TeacherRecord, ViewSpec, differences
 from hdcache.store import Store, write_lock
+from hdcache.targets import default_block
 from hdcache.teachers import Teacher, absolute_spec, choose_device, load_teacher, split_name
 from hdcache.views import parse_views
 
@@ -102,7 +103,7 @@ def extract(
             "no teacher given; say --teacher NAME=SPEC, for example --teacher dino=timm:vit_small_patch14_dinov2.lvd142m"
         )
     where = choose_device(device)
-    workers = threads or available_cores()
+    workers = available_cores() if threads is None else threads
     dataset, opened = open_or_create(data, Path(store).expanduser(), views, view_seed, rows_per_shard)
     summary = ExtractSummary(str(opened.path))
     for spec in teachers:
@@ -202,9 +203,11 @@ def dataset_differences(dataset: Dataset, store: Store) -> list[str]:
 
 
 def default_taps(teacher: Teacher) -> list[str]:
-    """What TinyMIM and feature distillation read: the QKV input of the target block (18 of 24, the last of 12), and ``final``."""
-    depth = teacher.card.depth
-    return [f"block{depth if depth <= 12 else round(0.75 * depth)}.attn_in", "final"]
+    """The QKV input of TinyMIM's target block (18 of 24, the last of 12), and the deepest features that were trained.
+
+    The latter is ``final``, or for a student of relation distillation the output of its last block but one.
+    """
+    return [f"block{default_block(teacher.card.depth)}.attn_in", teacher.backbone.last_trained]
 
 
 def open_or_calibrate(
@@ -312,12 +315,6 @@ def account(store: Store, record: TeacherRecord, timing: Timing, seconds: float,
         "identity": record.identity_digest(),
         "manifests": {str(view): manifest.digest() for view, manifest in manifests.items()},
     }
-
-
-def available_cores() -> int:
-    """Cores this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores))
 
 
 def format_summary(summary: ExtractSummary) -> str:

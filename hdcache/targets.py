@@ -124,6 +124,14 @@ def sources(target: TapName) -> list[str]:
     return [target.name]
 
 
+def default_block(depth: int) -> int:
+    """The block (1-based) that relations are taken from and that extraction stores, when none is named.
+
+    The last of up to 12 blocks, else three quarters of the depth: 18 of 24 (TinyMIM, Tab. 10).
+    """
+    return depth if depth <= 12 else int(0.75 * depth + 0.5)
+
+
 def plan_targets(
     targets: Sequence[str], held: Sequence[str], *, depth: int, teacher: str, store: str
 ) -> dict[str, str]:

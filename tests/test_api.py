@@ -113,6 +113,11 @@ def test_bad_options_are_refused_before_the_first_batch(tiny_store: Path) -> Non
             store.loader({"t": ["final"]}, size=SIZE, **options)
 
 
+def test_a_store_verifies_itself(tiny_store: Path) -> None:
+    assert open_store(tiny_store).verify().good
+    assert open_store(tiny_store).verify(quick=True).objects > 0
+
+
 def test_several_teachers_give_their_targets_side_by_side(tmp_path: Path, tiny: str, make_npz: Any) -> None:
     """A second teacher, added later with other taps and another input size, comes in the same batches."""
     data = make_npz(tmp_path / "d.npz", 20)

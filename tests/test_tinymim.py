@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from hdcache.backbones import create_vit
-from hdcache.distill.tinymim import TinyMIM, TinyMIMHeads, default_teacher_block
+from hdcache.distill.tinymim import TinyMIM, TinyMIMHeads
 from hdcache.errors import UsageError
 from hdcache.schema import Preprocessing, TeacherCard
 from hdcache.taps import Tokens, forward_taps
+from hdcache.targets import default_block
 
 CARD = TeacherCard(
     architecture="vit_tiny_patch16_224",
@@ -59,7 +60,7 @@ def loss_between(objective: TinyMIM, student: nn.Module, teacher: nn.Module, car
 
 @pytest.mark.parametrize(("depth", "block"), [(4, 4), (12, 12), (24, 18), (32, 24), (40, 30)])
 def test_default_teacher_block_is_the_paper_s(depth: int, block: int) -> None:
-    assert default_teacher_block(depth) == block
+    assert default_block(depth) == block
 
 
 def test_mae_large_is_read_at_block_18() -> None:
