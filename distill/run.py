@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from hdcache import draws
-from hdcache.arrays import durable_write
 from hdcache.backbones import save_student
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.changes import merge, nested_changes, validated
@@ -31,6 +30,7 @@ from hdcache.distill.recipes import get_recipe, recipe_from_file
 from hdcache.distill.settings import Recipe
 from hdcache.distill.student import build_student, student_input
 from hdcache.distill.trainer import Outcome, autocast_precision, train
+from hdcache.durable import durable_write
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.loader import Loader, Options
 from hdcache.resources import available_cores

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hdcache.arrays import constant_objects, durable_write, group_metadata, write_constant
+from hdcache.arrays import constant_objects, group_metadata, write_constant
 from hdcache.datasets import Dataset
+from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, fit
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.engine import decode_row, finite_rows, shard_rows

@@ -14,7 +14,8 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from hdcache.arrays import ArrayReader, ShardWriter, durable_write, group_metadata
+from hdcache.arrays import ArrayReader, ShardWriter, group_metadata
+from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, compresses
 from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore
 
-from hdcache.durable import durable_write as durable_write
-from hdcache.durable import sync_folder as sync_folder
+from hdcache.durable import durable_write
 from hdcache.errors import StoreCorrupt
 from hdcache.schema import ArrayCard, StoredObject, canonical_json
 

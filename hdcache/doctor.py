@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hdcache.arrays import ArrayReader, ShardWriter, durable_write, read_pipeline
+from hdcache.arrays import ArrayReader, ShardWriter, read_pipeline
+from hdcache.durable import durable_write
 from hdcache.errors import HdcacheError
 from hdcache.progress import size
 from hdcache.schema import ArrayCard

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hdcache.arrays import durable_write, read_json, read_record, sync_folder
+from hdcache.arrays import read_json, read_record
+from hdcache.durable import durable_write, sync_folder
 from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.schema import Manifest, Receipt, StoredObject
 from hdcache.store import ABOUT, Store, is_view

@@ -29,7 +29,8 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from hdcache.arrays import ArrayReader, durable_write, group_metadata, read_attributes, read_json, write_constant
+from hdcache.arrays import ArrayReader, group_metadata, read_attributes, read_json, write_constant
+from hdcache.durable import durable_write
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
 from hdcache.schema import FORMAT, NAME, About, Receipt, StoreCard, StoredObject, TeacherRecord, check_name
 

@@ -18,7 +18,8 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from hdcache.arrays import ShardWriter, durable_write, group_metadata, write_constant
+from hdcache.arrays import ShardWriter, group_metadata, write_constant
+from hdcache.durable import durable_write
 from hdcache.encodings import compresses, fit, request
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
 from hdcache.schema import (

@@ -25,13 +25,13 @@ from hdcache import durable
 from hdcache.arrays import (
     ArrayReader,
     ShardWriter,
-    durable_write,
     group_metadata,
     read_attributes,
     read_json,
     read_pipeline,
     write_constant,
 )
+from hdcache.durable import durable_write
 from hdcache.errors import OutOfSpace, StoreCorrupt
 from hdcache.schema import ArrayCard, StoredObject
 

@@ -14,6 +14,7 @@ import timm
 import torch
 
 from hdcache.backbones import load_backbone
+from hdcache.datasets import open_dataset
 from hdcache.distill.changes import validated
 from hdcache.distill.recipes import get_recipe
 from hdcache.distill.run import distill, format_run
@@ -21,6 +22,8 @@ from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.extract.run import extract
 from hdcache.integrity import teacher_ledger
+from hdcache.loader import Loader, Options
+from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.store import Store, write_lock
 
 Make = Callable[..., Recipe]
@@ -213,6 +216,23 @@ def test_a_missing_tap_names_the_command_that_adds_it(data: str, tmp_path: Path,
     )
     with pytest.raises(InputNotFound, match=message):
         run(quick, tmp_path / "a", store=tmp_path / "s")
+
+
+def test_views_of_a_store_are_not_drawn_again(tiny_store: Path, tmp_path: Path, quick: Recipe) -> None:
+    with pytest.raises(UsageError, match="with --store its own are used: leave --views out"):
+        run(quick, tmp_path / "a", store=tiny_store, views="gentle")
+
+
+def test_a_run_without_a_store_sees_another_view_in_each_epoch(tiny_store: Path) -> None:
+    """Views that nothing recorded cost nothing, so two epochs show other crops of the same samples."""
+    data = open_dataset(f"npz:{tiny_store.parent}/data.npz")
+    options = Options(batch_size=len(data.ids), preprocessing=Preprocessing(size=32))
+    loader = Loader(data, options, views=ViewSpec(flip=0))
+    first, second = (next(iter(loader.epoch(epoch))) for epoch in (0, 1))
+    assert (first.view, second.view) == (0, 1)
+    at = [second.ids.index(name) for name in first.ids]
+    same = (first.images == second.images[at]).flatten(1).all(dim=1)
+    assert same.float().mean() < 0.1
 
 
 def test_views_that_are_not_complete_are_named(tiny_store: Path, tmp_path: Path, quick: Recipe) -> None:

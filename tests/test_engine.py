@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import ImageFile
 
-from hdcache.arrays import ShardWriter, durable_write
+from hdcache.arrays import ShardWriter
 from hdcache.datasets import open_dataset
+from hdcache.durable import durable_write
 from hdcache.encodings import request
 from hdcache.errors import InputNotFound, Interrupted, StoreMismatch, TooManyFailures, UsageError
 from hdcache.extract.calibrate import calibrate, write_record

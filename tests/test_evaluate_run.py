@@ -45,6 +45,16 @@ def queries(tmp_path: Path) -> str:
     return paint(tmp_path / "test", 3, seed=1)
 
 
+def test_the_crop_is_a_setting(train: str) -> None:
+    """Another crop gives another result record; a crop that cannot be meant is refused; paths may be Path objects."""
+    assert knn_eval(TINY, train, ks=(1,), crop=1.0)["fraction"] == 1.0
+    for crop in (0.0, 1.5):
+        with pytest.raises(UsageError, match=f"crop {crop} must lie above 0 and be at most 1"):
+            knn_eval(TINY, train, ks=(1,), crop=crop)
+    with pytest.raises(InputNotFound, match="no/run"):
+        knn_eval(Path("no/run"), train, ks=(1,))
+
+
 def test_the_whole_story(train: str, queries: str, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     output = tmp_path / "deep" / "results.json"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hdcache.errors import (
     TooManyFailures,
     UsageError,
 )
-from hdcache.extract.run import ExtractSummary, extract, format_summary, row_bytes, shard_size
+from hdcache.extract.run import ExtractSummary, default_taps, extract, format_summary, row_bytes, shard_size
 from hdcache.integrity import verify, view_ledger
 from hdcache.reader import TeacherReader, read_geometry
 from hdcache.samples import open_sample
@@ -191,6 +192,14 @@ def test_very_small_data_sets(count: int, tmp_path: Path, tiny: str, make_npz: C
     exact = parts_of(live(store, data, load_teacher(f"t={tiny}", precision="fp32", batch=8), "final"))[1]
     copy = parts_of(TeacherReader(store, "t").tap(0, "final", 0, count))[1]
     assert float((exact - copy).norm() / exact.norm()) < 0.2
+
+
+def test_default_taps_leave_out_what_was_never_trained(data: str, tmp_path: Path, tiny: str) -> None:
+    """A relation-distilled student as a teacher has an untrained tail; its last trained layer is stored instead."""
+    teacher = load_teacher(f"t={tiny}")
+    assert default_taps(teacher) == ["block3.attn_in", "final"]
+    student = replace(teacher, backbone=replace(teacher.backbone, last_trained="block2.out"))
+    assert default_taps(student) == ["block3.attn_in", "block2.out"]
 
 
 def test_shards_are_whole_chunks() -> None:

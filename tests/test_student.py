@@ -140,6 +140,12 @@ def test_there_is_no_classifier() -> None:
     assert not [key for key in keys if key.startswith("head.")]
 
 
+@pytest.mark.parametrize("name", ["drop_path_rate", "proj_drop_rate", "attn_drop_rate"])
+def test_arguments_that_draw_from_a_global_generator_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"student.arguments.{name} draws from a global generator.*student.drop_path"):
+        build_student(spec(arguments={name: 0.1}), 0)
+
+
 def test_an_unknown_argument_is_refused() -> None:
     with pytest.raises(UsageError, match=r"vit_tiny_patch16_224 with .*colour"):
         build_student(spec(arguments=ARGUMENTS | {"colour": 3}), 0)
