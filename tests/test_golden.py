@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from hdcache.backbones import create_vit
 from hdcache.distill.tinymim import TinyMIM
+from hdcache.evaluate.knn import knn_classify
 from hdcache.relations import KINDS, relation, split_heads
 from hdcache.schema import Preprocessing, TeacherCard
 from hdcache.taps import Tokens, forward_taps
@@ -130,3 +132,27 @@ def test_tinymim_gradient(golden: Golden) -> None:
     expected = golden.tensors["expected.grad_student_blocks0_qkv_weight"]
     # The gradient is of the order of its largest entry, not of 1.
     torch.testing.assert_close(gradient, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("knn*.safetensors")), ids=lambda path: path.stem)
+def test_knn_golden(path: Path) -> None:
+    with safe_open(path, "np") as file:
+        settings = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
+    expected = {name: float(value) for name, value in arrays.items() if name.startswith("expected.")}
+    ks = sorted({int(match[1]) for name in expected if (match := re.search(r"\.k(\d+)$", name))})
+    assert ks
+    result = knn_classify(
+        arrays["train_features"],
+        arrays["train_labels"],
+        arrays["test_features"],
+        arrays["test_labels"],
+        ks,
+        float(settings["T"]),
+        classes=range(int(settings["num_classes"])),
+        compat_dino=True,
+    )
+    for k, accuracy in result.per_k.items():
+        assert accuracy.top1 == pytest.approx(expected.pop(f"expected.top1.k{k}"), abs=1e-4)
+        assert accuracy.top5 == pytest.approx(expected.pop(f"expected.top5_dino.k{k}"), abs=1e-4)
+    assert not expected
