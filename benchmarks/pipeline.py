@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,9 @@ def main() -> None:
     parser.add_argument("--student", default=VIT_TINY, help="timm arguments as JSON")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 5])
     settings = parser.parse_args()
-    shutil.rmtree(settings.out, ignore_errors=True)
-    settings.out.mkdir(parents=True)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if any(settings.out.iterdir()):
+        parser.error(f"{settings.out} is not empty; everything is measured from the start, so give --out a new folder")
     store = settings.out / "store.hdc"
     name = split_name(settings.teacher)[0]
 
@@ -93,7 +93,7 @@ def main() -> None:
 
     base = {
         "student.architecture": "vit_tiny_patch16_224", "student.arguments": json.loads(settings.student),
-        "objective.teacher": name, "amp": settings.amp, "epochs": settings.epochs, "warmup_epochs": 2,
+        "objective.teacher": name, "amp": settings.amp, "epochs": settings.epochs, "warmup_epochs": min(2, settings.epochs - 1),
     }  # fmt: skip
     runs: dict[str, dict[str, Any]] = {}
     variants: list[tuple[str, dict[str, Any], bool]] = [
