@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
-import yaml  # type: ignore[import-untyped]
+import yaml  # type: ignore[import-untyped]  # the package ships no types
 from pydantic import ValidationError
 
 from hdcache.distill.settings import Recipe

@@ -53,12 +53,12 @@ def build_student(spec: StudentSpec, seed: int) -> nn.Module:
         if index == depth - 1 and not spec.drop_path_last_block:
             rate = 0.0
         block.drop_path1, block.drop_path2 = (KeyedDropPath(rate) if rate else nn.Identity() for _ in range(2))
-    return model  # type: ignore[no-any-return]
+    return model  # type: ignore[no-any-return]  # nn.Module's attributes are untyped
 
 
 def student_input(model: nn.Module) -> Preprocessing:
     """The student's input: its own size, ImageNet's mean and std."""
-    height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]
+    height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]  # nn.Module's attributes are untyped
     if height != width:
         raise UsageError(
             f"the student's input is {height}x{width} pixels; only square inputs are supported, set student.arguments.img_size"

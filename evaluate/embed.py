@@ -160,11 +160,11 @@ def _features(model: nn.Module, images: Tensor, layer: str, pool: str) -> Tensor
         tokens = forward_taps(model, images, [layer])[layer]
         assert isinstance(tokens, Tokens)  # noqa: S101  # check_layer admits token taps only
         if layer != "final":
-            tokens = Tokens(model.norm(tokens.prefix), model.norm(tokens.patches))  # type: ignore[operator]
+            tokens = Tokens(model.norm(tokens.prefix), model.norm(tokens.patches))  # type: ignore[operator]  # nn.Module's attributes are untyped
     parts = [tokens.prefix[:, 0]] if "cls" in pool else []
     parts += [tokens.patches.mean(dim=1)] if "mean" in pool else []
     # Models that pool by averaging carry their final norm after the pooling; in all others this is the identity.
-    parts = [model.fc_norm(part) for part in parts]  # type: ignore[operator]
+    parts = [model.fc_norm(part) for part in parts]  # type: ignore[operator]  # nn.Module's attributes are untyped
     if len(parts) > 1:
         parts = [functional.normalize(part, dim=-1) for part in parts]
     return torch.cat(parts, dim=-1).float().cpu()

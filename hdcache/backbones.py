@@ -217,7 +217,7 @@ def _freeze(
     model.eval().requires_grad_(False)
     if preprocessing is None:
         data = resolve_model_data_config(model)
-        height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]
+        height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]  # nn.Module's attributes are untyped
         if height != width:
             raise UsageError(
                 f"{source}: input of {height}x{width} pixels; only square inputs are supported, give img_size=N"
@@ -272,7 +272,7 @@ def save_student(
     config = {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": int(model.num_features),  # type: ignore[arg-type]
+        "num_features": int(model.num_features),  # type: ignore[arg-type]  # nn.Module's attributes are untyped
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "input_size": [3, preprocessing.size, preprocessing.size],

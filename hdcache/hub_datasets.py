@@ -148,7 +148,7 @@ def torchvision(spec: Spec, classes: Sequence[str] | None) -> Listed:
 def _numbers(data: object, name: str) -> list[int] | None:
     """The attribute ``name`` if it is one integer for each sample."""
     array = np.asarray(getattr(data, name, ()))
-    whole = array.ndim == 1 and array.dtype.kind in "iu" and len(array) == len(data)  # type: ignore[arg-type]
+    whole = array.ndim == 1 and array.dtype.kind in "iu" and len(array) == len(data)  # type: ignore[arg-type]  # torchvision has no types
     return [int(value) for value in array] if whole else None
 
 

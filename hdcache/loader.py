@@ -210,7 +210,7 @@ class Loader:
         table, samples = self._table(view)
         ahead = max(self._prefetch, -(-options.buffer_rows // options.batch_size))
         cuda = options.device.type == "cuda"
-        stream = torch.cuda.Stream(options.device) if cuda else None  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(options.device) if cuda else None  # type: ignore[no-untyped-call]  # torch's constructor has no types
         with (
             ThreadPoolExecutor(options.threads, "decode") as decoding,
             ThreadPoolExecutor(2, "read") as reading,

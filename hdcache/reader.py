@@ -15,7 +15,7 @@ from hdcache.arrays import ArrayReader
 from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.integrity import teacher_ledger, view_ledger
-from hdcache.schema import Manifest, StoredObject, TeacherRecord, check_key
+from hdcache.schema import ArrayCard, Manifest, StoredObject, TeacherRecord, check_key
 from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.taps import Tokens
 
@@ -56,8 +56,8 @@ class TeacherReader:
         }
 
     @staticmethod
-    def _shape(card: object) -> tuple[tuple[int, ...], str]:
-        return card.shape, card.dtype  # type: ignore[attr-defined]
+    def _shape(card: ArrayCard) -> tuple[tuple[int, ...], str]:
+        return card.shape, card.dtype
 
     def _constant(self, key: str, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
         folder = self.store.teacher_path(self.name)

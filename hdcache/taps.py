@@ -144,7 +144,7 @@ def forward_taps(
             raise UsageError("tap 'logits': the network has no classifier (num_classes is 0)")
     last = max((depth if tap.block == 0 else tap.block for tap in wanted), default=0)
     after = [tap for tap in wanted if tap.block == 0]
-    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]  # nn.Module's attributes are untyped
     found: dict[str, Tokens | Tensor] = {}
 
     x_BTD = embed_tokens(model, images, keep)
@@ -155,30 +155,30 @@ def forward_taps(
             found.update(_attention_taps(model, number, x_BTD, reads, prefix))
         # The block itself is needed for its own output, for a later block, and for what follows the last block.
         if number < last or after or any(tap.what == "out" for tap in inside):
-            x_BTD = model.blocks[number - 1](x_BTD)  # type: ignore[index, operator]
+            x_BTD = model.blocks[number - 1](x_BTD)  # type: ignore[index, operator]  # nn.Module's attributes are untyped
         for tap in inside:
             if tap.what == "out":
                 found[tap.name] = _tokens(x_BTD, prefix)
     if after:
-        x_BTD = model.norm(x_BTD)  # type: ignore[operator]
+        x_BTD = model.norm(x_BTD)  # type: ignore[operator]  # nn.Module's attributes are untyped
     for tap in after:
         if tap.what == "final":
             found["final"] = _tokens(x_BTD, prefix)
         else:
-            found[tap.name] = model.forward_head(x_BTD, pre_logits=tap.what == "pooled")  # type: ignore[operator]
+            found[tap.name] = model.forward_head(x_BTD, pre_logits=tap.what == "pooled")  # type: ignore[operator]  # nn.Module's attributes are untyped
     return {name: found[name] for name in names}
 
 
 def embed_tokens(model: nn.Module, images: Tensor, keep: Tensor | None = None) -> Tensor:
     """Patch embedding, prefix tokens, positions: the input of block 1, [B, P + N, D] (or P + M with ``keep``)."""
-    x = model.patch_embed(images)  # type: ignore[operator]
-    x = model._pos_embed(x)  # type: ignore[operator]
+    x = model.patch_embed(images)  # type: ignore[operator]  # nn.Module's attributes are untyped
+    x = model._pos_embed(x)  # type: ignore[operator]  # nn.Module's attributes are untyped
     if keep is not None:
-        prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+        prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]  # nn.Module's attributes are untyped
         index = (keep + prefix).unsqueeze(-1).expand(-1, -1, x.shape[-1])
         x = torch.cat([x[:, :prefix], x.gather(1, index)], dim=1)
-    x = model.patch_drop(x)  # type: ignore[operator]
-    return model.norm_pre(x)  # type: ignore[operator, no-any-return]
+    x = model.patch_drop(x)  # type: ignore[operator]  # nn.Module's attributes are untyped
+    return model.norm_pre(x)  # type: ignore[operator, no-any-return]  # nn.Module's attributes are untyped
 
 
 def _tokens(x_BTD: Tensor, prefix: int) -> Tokens:
@@ -210,11 +210,11 @@ def relation_of_qkv(attention: nn.Module, qkv_BTE: Tensor, kind: str, heads: int
     With the block's own head count, Q and K pass its Q/K norm as in its own attention. Another head count
     (``heads``) cannot: the norms are sized for the block's heads, and such a block is refused. Values have no norm.
     """
-    own = int(attention.num_heads)  # type: ignore[arg-type]
+    own = int(attention.num_heads)  # type: ignore[arg-type]  # nn.Module's attributes are untyped
     q, k, v = split_heads(qkv_BTE, heads or own)
     if kind != "vv" and not (isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)):
         if heads not in (None, own):
             raise UsageError(f"relations with {heads} heads: the block normalises Q and K for its own {own} heads")
-        q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]
+        q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]  # nn.Module's attributes are untyped
     pick = {"q": q, "k": k, "v": v}
     return relation(pick[kind[0]], pick[kind[1]])

@@ -188,7 +188,7 @@ def _card(backbone: Backbone, precision: str) -> TeacherCard:
         depth=len(model.blocks),
         # A block with parallel branches has no ``attn`` of its own.
         heads=next(int(part.num_heads) for part in model.blocks[0].modules() if hasattr(part, "num_heads")),
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]  # nn.Module's attributes are untyped
     )
 
 
