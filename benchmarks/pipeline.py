@@ -23,7 +23,8 @@ from hdcache.datasets import open_dataset
 from hdcache.distill.run import distill
 from hdcache.evaluate.run import knn_eval
 from hdcache.extract.run import default_taps, extract
-from hdcache.loader import Loader, Options
+from hdcache.loader import Loader
+from hdcache.options import Options
 from hdcache.progress import size
 from hdcache.store import Store
 from hdcache.teachers import choose_device, load_teacher, split_name

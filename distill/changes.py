@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from hdcache.distill.settings import Recipe
 from hdcache.errors import UsageError, nearest
-from hdcache.schema import Record
+from hdcache.records import Record
 
 
 class _Yaml12(yaml.SafeLoader):  # type: ignore[misc]  # yaml is untyped

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from hdcache.records import Record
 from hdcache.schema import TeacherCard
 from hdcache.taps import Tokens, forward_taps, num_blocks
 
@@ -24,23 +26,47 @@ if TYPE_CHECKING:
 Taps = Mapping[str, Tokens | Tensor]
 
 
-class Objective(Protocol):
-    """What the trainer asks of a loss."""
+class Objective(Record):
+    """What the trainer asks of a loss. Here is what most answer alike; the rest each one says for itself."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    def fresh_views(self) -> int:
+        """Views of its own that the student sees of each sample; 0: it sees the view that teachers saw."""
+        return 0
+
+    def compares_rows(self) -> bool:
+        """Whether the loss sets the rows of a batch against each other, so that a batch cannot be cut into pieces."""
+        return False
+
+    def factors(self, step: int, total: int) -> dict[str, float]:
+        """Factor of each part of the loss that has a schedule, at optimizer step ``step`` of ``total``."""
+        return {}
+
+    def after_step(self, student: nn.Module, heads: nn.Module, step: int, total: int) -> None:
+        """Called after optimizer step number ``step`` (from 0) of ``total``: momentum copies move here."""
+
+    def averaged(self, heads: nn.Module) -> nn.Module | None:
+        """The momentum copy of the student that ``heads`` keeps and that evaluation prefers, or None."""
+        return None
 
     def parts(self) -> tuple[str, ...]:
         """Names of the loss's parts: the keys that :meth:`loss` returns and that a recipe's ``weights`` may have."""
+        raise NotImplementedError
 
     def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
-        """Teacher name -> names of the targets it must give for every row; empty when no teacher is needed.
+        """Teacher name -> names of the targets it must give for every row; by default empty: no teacher is needed.
 
         Raises
         ------
         UsageError
             when ``cards`` (teacher name -> card) lacks what is needed; the message says what there is.
         """
+        return {}
 
     def student_taps(self, depth: int) -> tuple[str, ...]:
         """Taps of a student of ``depth`` blocks that the loss reads."""
+        raise NotImplementedError
 
     def build(
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
@@ -50,26 +76,25 @@ class Objective(Protocol):
         All initial weights come from ``generator``; the global generator is left alone. Every mismatch between
         student, teachers and settings is a :class:`~hdcache.errors.UsageError` here, before the first step.
         """
+        raise NotImplementedError
 
     def forward(self, student: nn.Module, batch: Batch, heads: nn.Module, seed: int) -> Taps:
-        """Run the student on ``batch.images``; most objectives use :func:`plain_forward`.
+        """Run the student; by default on the whole ``batch.images``, up to the last of :meth:`student_taps`.
 
         ``seed`` is the run's; random masks are drawn from (seed, sample id, epoch).
         """
+        return forward_taps(student, batch.images, self.student_taps(num_blocks(student)))
 
     def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
         """Part name -> scalar float32. Gradient reaches the student and ``heads`` only, never a target.
 
         ``heads`` is what :meth:`build` returned, not a wrapper around it.
         """
+        raise NotImplementedError
 
     def last_trained(self, depth: int) -> str:
         """Tap of the deepest layer that training reaches and that may be used frozen: ``final`` or ``blockN.out``."""
-
-
-def plain_forward(objective: Objective, student: nn.Module, batch: Batch) -> Taps:
-    """The student's taps on the whole images, as ``objective.student_taps`` names them."""
-    return forward_taps(student, batch.images, objective.student_taps(num_blocks(student)))
+        return "final"
 
 
 @dataclass(frozen=True)
@@ -82,21 +107,35 @@ class Layout:
     """Class and register tokens."""
     width: int
     """Channels per token."""
+    slots: int = 1
+    """Temporal slots of a clip; 1 for still images."""
+
+    @property
+    def cells(self) -> int:
+        """Cells of the patch grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens of a whole input."""
+        return self.slots * self.cells
 
     def __str__(self) -> str:
-        return f"{self.grid[0]}x{self.grid[1]} patch + {self.prefix} prefix tokens"
+        slots = f"{self.slots} slots of " if self.slots > 1 else ""
+        return f"{slots}{self.grid[0]}x{self.grid[1]} patch + {self.prefix} prefix tokens"
 
 
 def student_layout(student: nn.Module) -> Layout:
     """Token layout of a timm ViT."""
     model: Any = student
     rows, columns = model.patch_embed.grid_size
-    return Layout((int(rows), int(columns)), int(model.num_prefix_tokens), int(model.embed_dim))
+    slots = int(getattr(model.patch_embed, "slots", 1))
+    return Layout((int(rows), int(columns)), int(model.num_prefix_tokens), int(model.embed_dim), slots)
 
 
 def teacher_layout(card: TeacherCard) -> Layout:
     """Token layout of a stored teacher."""
-    return Layout(card.grid, card.prefix_tokens, card.width)
+    return Layout(card.grid, card.prefix_tokens, card.width, card.slots)
 
 
 def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:

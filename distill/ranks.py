@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -49,13 +52,30 @@ def rank_device(device: torch.device, ranks: Ranks) -> torch.device:
     return device
 
 
-def stop_asked(ranks: Ranks, step: int, every: int) -> bool:
-    """Whether any rank was asked to stop; several ranks agree on it at log steps only, to stay in step."""
+def agree(ranks: Ranks, step: int, every: int, *, save: bool) -> tuple[bool, bool]:
+    """Whether to stop, and whether to save: True where any rank was asked to, or finds that it is time to.
+
+    Several ranks agree at log steps only: their clocks differ, and each must come to a save at the same step.
+    """
+    asked = stopping.requested()
     if ranks.world == 1:
-        return stopping.requested()
+        return asked, save
     # A scheduler kills half a minute after it asks; ten steps are seldom longer, and a reduction each step would stall.
     if step % min(every, 10):
-        return False
-    flag = torch.tensor(float(stopping.requested()))
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+        return False, False
+    flags = torch.tensor([float(asked), float(save)])
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags[0]), bool(flags[1])
+
+
+@contextmanager
+def first_alone(ranks: Ranks) -> Iterator[None]:
+    """What the first process does inside may take long; the others wait for it at the end, however long it takes."""
+    if ranks.world == 1:
+        yield
+        return
+    # The processes' own groups give up after minutes. All come here at the same step, so making one does not wait.
+    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    yield
+    torch.distributed.barrier(patient)  # type: ignore[arg-type]  # every process is a member of it
+    torch.distributed.destroy_process_group(patient)

@@ -25,21 +25,23 @@ from hdcache import draws
 from hdcache.backbones import save_student
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.changes import merge, nested_changes, validated
+from hdcache.distill.live import choose_teachers
 from hdcache.distill.ranks import join_ranks, leave_ranks, rank_device
 from hdcache.distill.recipes import get_recipe, recipe_from_file
 from hdcache.distill.settings import Recipe
 from hdcache.distill.student import build_student, student_input
-from hdcache.distill.trainer import Outcome, autocast_precision, train
+from hdcache.distill.trainer import Monitor, Outcome, autocast_precision, train
 from hdcache.durable import durable_write
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
-from hdcache.loader import Loader, Options
+from hdcache.loader import Loader
+from hdcache.options import Options
 from hdcache.resources import available_cores
-from hdcache.schema import TeacherCard, ViewSpec
+from hdcache.schema import MaskSpec, ViewSpec
 from hdcache.store import Store, write_lock
 from hdcache.taps import num_blocks
 from hdcache.target_sources import open_targets
-from hdcache.teachers import Teacher, choose_device, load_teacher, reload_teacher, split_name
-from hdcache.views import parse_views
+from hdcache.teachers import Teacher, choose_device
+from hdcache.views import default_views, parse_views
 
 
 def distill(
@@ -51,11 +53,15 @@ def distill(
     overrides: Mapping[str, Any] | None = None,
     online: bool = False,
     teachers: Sequence[str] = (),
+    teacher_mask: str | MaskSpec | None = None,
+    teacher_mask_seed: int = 0,
     views: str | ViewSpec | None = None,
     num_views: int | None = None,
     device: str = "auto",
     threads: int | None = None,
     quiet: bool = True,
+    monitor: Monitor | None = None,
+    monitor_every: int = 1,
 ) -> dict[str, Any]:
     """Train a student and write it to ``out``; the same call again goes on where it stopped.
 
@@ -73,8 +79,13 @@ def distill(
         run the teachers in the loop instead of reading their targets.
     teachers
         ``NAME=SPEC`` of live teachers; with a store, only for those whose weights have moved.
+    teacher_mask, teacher_mask_seed
+        which patch tokens live teachers see, without a store; a store's teachers have a mask of their own, or none.
     views, num_views
         without a store: how views are drawn and how many distinct ones; with one: how many of its views to use.
+    monitor, monitor_every
+        measures the student before the first step, after every ``monitor_every`` epochs and at the end, for
+        ``metrics.jsonl``; the k-NN one is ``hdcache.evaluate.monitor.knn_monitor``. Training is the same without it.
 
     Returns
     -------
@@ -87,7 +98,14 @@ def distill(
             "--views draws views where there is no store; with --store its own are used: leave --views out"
         )
     folder = Path(out).expanduser()
+    if monitor_every < 1:
+        raise UsageError(f"monitor_every {monitor_every} must be at least 1 epoch")
     check_settings(folder, online=online, teachers=teachers, num_views=num_views, threads=threads)
+    if (teacher_mask is not None or teacher_mask_seed) and (store is not None or not online):
+        raise UsageError(
+            "--teacher-mask concerns teachers that run in the loop without a store (--online --teacher NAME=SPEC); "
+            "those of a store keep the masks they were extracted with: leave it out"
+        )
     ranks = join_ranks()
     if plan.batch_size % ranks.world:
         raise UsageError(f"batch_size {plan.batch_size} is not a multiple of the {ranks.world} processes that share it")
@@ -97,17 +115,11 @@ def distill(
     spec = (
         opened.card.views
         if opened is not None
-        else (views if isinstance(views, ViewSpec) else parse_views(views or "mae", plan.seed))
+        else (views if isinstance(views, ViewSpec) else parse_views(views or default_views(dataset.card), plan.seed))
     )
-    live = named_teachers(teachers, where) if online and opened is None else {}
-    cards = teacher_cards(opened, live)
-    wanted = plan.objective.wants(cards)
-    if online and opened is not None:
-        live = stored_teachers(opened, wanted, teachers, where)
-    if wanted and opened is None and not online:
-        raise UsageError(
-            f"recipe {plan.name!r} reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC"
-        )
+    cards, wanted, live = choose_teachers(
+        plan, opened, teachers, where, online=online, mask=teacher_mask, mask_seed=teacher_mask_seed
+    )
     student = build_student(plan.student, plan.seed)
     last_trained = plan.objective.last_trained(num_blocks(student))
     generator = torch.Generator().manual_seed(draws.integer_seed(plan.seed, "heads"))
@@ -120,7 +132,8 @@ def distill(
         preprocessing=student_input(student),
         seed=plan.seed,
         buffer_rows=plan.buffer_rows,
-        jitter=(plan.jitter.brightness, plan.jitter.contrast, plan.jitter.saturation) if plan.jitter else None,
+        augment=plan.augmentations(),
+        fresh=plan.objective.fresh_views(),
         # The same steps for any number of processes, and as the released code does.
         drop_last=True,
         pieces=plan.accumulate,
@@ -139,7 +152,7 @@ def distill(
         num_views=num_views,
         teachers=list(wanted),
     )
-    about = identity(plan, dataset, opened, loader, wanted, online) | {
+    about = identity(plan, dataset, opened, loader, wanted, online, live) | {
         "precision": str(autocast_precision(plan, where))
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +171,7 @@ def distill(
         outcome, averaged = train(
             plan, plan.objective, student, heads, loader, folder,
             device=where, ranks=ranks, about=about, publish=publish, quiet=quiet,
+            measure=monitor and (lambda model: monitor(model, options.preprocessing, last_trained)), measure_every=monitor_every,
         )  # fmt: skip
         finished = folder / "run.json"
         if outcome.steps == outcome.resumed_at and finished.is_file():
@@ -226,29 +240,6 @@ def check_settings(
         raise UsageError(f"{folder} is a file; give --out a folder")
 
 
-def named_teachers(specs: Sequence[str], device: torch.device) -> dict[str, Teacher]:
-    """Teachers to run in the loop without a store."""
-    if not specs:
-        raise UsageError("--online without a store needs the teachers: --teacher NAME=SPEC")
-    return {split_name(spec)[0]: load_teacher(spec, device=device) for spec in specs}
-
-
-def stored_teachers(
-    store: Store, wanted: Mapping[str, Sequence[str]], specs: Sequence[str], device: torch.device
-) -> dict[str, Teacher]:
-    """The wanted teachers of a store, run in the loop: from where extraction found them, or from ``specs``."""
-    named = dict(split_name(spec) for spec in specs)
-    for name in sorted(named.keys() - wanted.keys()):
-        raise UsageError(f"--teacher {name}=...: this run reads {', '.join(wanted) or 'no teacher'} of {store.path}")
-    return {name: reload_teacher(store.teacher(name), named.get(name), device) for name in wanted}
-
-
-def teacher_cards(store: Store | None, live: Mapping[str, Teacher]) -> dict[str, TeacherCard]:
-    """Cards by teacher name: what an objective chooses its targets from."""
-    cards = {name: store.teacher(name).card for name in store.teachers()} if store is not None else {}
-    return cards | {name: teacher.card for name, teacher in live.items()}
-
-
 def identity(
     recipe: Recipe,
     dataset: Dataset,
@@ -256,6 +247,7 @@ def identity(
     loader: Loader,
     wanted: Mapping[str, Sequence[str]],
     online: bool,
+    live: Mapping[str, Teacher],
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one that was stopped."""
     manifests = {
@@ -267,6 +259,8 @@ def identity(
         "targets": {name: list(targets) for name, targets in wanted.items()},
         "manifests": manifests,
         "online": online,
+        # A store's teachers are told apart by their manifests.
+        "teachers": {name: teacher.card.model_dump(mode="json") for name, teacher in live.items() if store is None},
         "views": loader.spec.model_dump(mode="json"),
         "num_views": len(loader.views),
     }

@@ -9,26 +9,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from hdcache.distill.amd import AMD
+from hdcache.distill.hybrid import Hybrid
+from hdcache.distill.logits import Logits
 from hdcache.distill.mae import MAE
 from hdcache.distill.schedules import scaled_lr
+from hdcache.distill.sdssl import SDSSL
 from hdcache.distill.supervised import Supervised
 from hdcache.distill.tinymim import TinyMIM
-from hdcache.schema import Record
+from hdcache.photometric import Photometric
+from hdcache.records import Record
 
-AnyObjective = Annotated[TinyMIM | Supervised | MAE, Field(discriminator="kind")]
-
-
-class Jitter(Record):
-    """Photometric augmentation of the student's input: factors drawn from 1 - x to 1 + x, fresh in every epoch."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    brightness: float = Field(default=0.4, ge=0, le=1)
-    """Half range of the brightness factor (TinyMIM A6: 0.4)."""
-    contrast: float = Field(default=0.4, ge=0, le=1)
-    """Half range of the contrast factor (TinyMIM A6: 0.4)."""
-    saturation: float = Field(default=0.4, ge=0, le=1)
-    """Half range of the saturation factor (TinyMIM A6: 0.4)."""
+AnyObjective = Annotated[TinyMIM | AMD | Hybrid | Logits | Supervised | MAE | SDSSL, Field(discriminator="kind")]
 
 
 class StudentSpec(Record):
@@ -39,7 +31,8 @@ class StudentSpec(Record):
     architecture: str
     """timm's name of a plain VisionTransformer, without pretrained tag."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of timm.create_model: num_heads, img_size and patch_size (pixels), embed_dim, depth ..."""
+    """Keyword arguments of timm.create_model: num_heads, img_size and patch_size (pixels), embed_dim, depth ...;
+    frames (and tubelet, default 2) make it a network of clips."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Probability of skipping a block's branch for one sample (stochastic depth; TinyMIM A7: 0.1)."""
     drop_path_schedule: Literal["constant", "linear"] = "linear"
@@ -49,7 +42,9 @@ class StudentSpec(Record):
     init: Literal["mae", "timm"] = "mae"
     """Initial weights: mae: Xavier-uniform linears, class token normal std 0.02 (TinyMIM A7); timm: timm's default."""
     sincos_positions: bool = True
-    """true: fixed 2-D sine-cosine position embedding (TinyMIM A7); false: learnt."""
+    """true: fixed sine-cosine position embedding, 2-D for images (TinyMIM A7), 1-D for clips (AMD); false: learnt."""
+    freeze_patch_embed: bool = False
+    """Whether the patch projection keeps its random initial weights (MoCo v3; SDSSL B1: true)."""
 
 
 class Recipe(Record):
@@ -60,13 +55,15 @@ class Recipe(Record):
     name: str = Field(min_length=1)
     """What the run is called in reports."""
     objective: AnyObjective
-    """The loss and its settings; kind is one of tinymim, supervised, mae."""
+    """The loss and its settings; kind is one of tinymim, amd, hybrid, sdssl, logits, supervised, mae."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Factor of each part of the loss; 1 where none is given (TinyMIM A3: 1 : 1)."""
     student: StudentSpec
     """The network that is trained."""
-    jitter: Jitter | None = None
-    """Colour jitter of the student's images; null: none."""
+    jitter: Photometric | None = None
+    """Photometric augmentation of the student's images (of its first view, where it has two); null: none."""
+    second_jitter: Photometric | None = None
+    """Photometric augmentation of the second view; null: as the first."""
     epochs: int = Field(ge=0)
     """Passes over the data (TinyMIM A7: 300, ablations 100); 0 writes the untrained student."""
     batch_size: int = Field(ge=1)
@@ -122,6 +119,14 @@ class Recipe(Record):
             faults.append(f"betas {list(self.betas)} must lie in [0, 1)")
         if self.ema is None and self.ema_end is not None:
             faults.append("ema_end is set, but ema is null; set both or neither")
+        if self.accumulate > 1 and self.objective.compares_rows():
+            faults.append(
+                f"accumulate {self.accumulate} would cut batches whose rows objective {self.objective.kind!r} compares; set it to 1"
+            )
+        if self.batch_size < 2 and self.objective.compares_rows():
+            faults.append(f"batch_size 1 leaves objective {self.objective.kind!r} nothing to compare; set 2 or more")
+        if self.second_jitter is not None and self.objective.fresh_views() < 2:
+            faults.append(f"second_jitter is set, but objective {self.objective.kind!r} has one view; set it to null")
         parts = self.objective.parts()
         unknown = sorted(set(self.weights) - set(parts))
         if unknown:
@@ -129,6 +134,11 @@ class Recipe(Record):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def augmentations(self) -> tuple[Photometric | None, ...]:
+        """Photometric augmentation of each of the student's views."""
+        more = self.jitter if self.second_jitter is None else self.second_jitter
+        return (self.jitter, *[more] * (self.objective.fresh_views() - 1))
 
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""

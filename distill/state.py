@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hdcache.errors import OutOfSpace, StoreMismatch
-from hdcache.schema import differences
+from hdcache.records import differences
 
 STATE_FILE = "state.safetensors"
 

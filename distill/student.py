@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hdcache import draws
-from hdcache.backbones import create_vit
-from hdcache.distill.mae import sincos_positions
+from hdcache.backbones import clip_preprocessing, create_vit
+from hdcache.distill.decoder import is_clip_network, sincos_positions
 from hdcache.distill.objective import initialise
 from hdcache.distill.settings import StudentSpec
 from hdcache.errors import UsageError
@@ -19,6 +19,8 @@ from hdcache.schema import Preprocessing
 
 def build_student(spec: StudentSpec, seed: int) -> nn.Module:
     """A timm VisionTransformer without classifier, its weights a function of (spec, seed) alone.
+
+    With ``frames`` among its arguments it reads clips, and its fixed positions are those of VideoMAE.
 
     Raises
     ------
@@ -37,16 +39,22 @@ def build_student(spec: StudentSpec, seed: int) -> nn.Module:
     model: Any = create_vit(
         spec.architecture, dict(spec.arguments) | {"num_classes": 0}, seed=draws.integer_seed(seed, "student")
     )
+    generator = torch.Generator().manual_seed(draws.integer_seed(seed, "student-mae"))
     if spec.init == "mae":
-        generator = torch.Generator().manual_seed(draws.integer_seed(seed, "student-mae"))
         initialise(model, generator)
         projection = model.patch_embed.proj.weight
         nn.init.xavier_uniform_(projection.data.view(projection.shape[0], -1), generator=generator)
         for token in (model.cls_token, getattr(model, "reg_token", None)):
             if token is not None:
                 nn.init.normal_(token, std=0.02, generator=generator)
-    if spec.sincos_positions:
+    if is_clip_network(model):
+        if not spec.sincos_positions:
+            learnt = torch.empty_like(model.pos_embed)
+            model.pos_embed = nn.Parameter(nn.init.trunc_normal_(learnt, std=0.02, generator=generator))
+    elif spec.sincos_positions:
         _fix_positions(model)
+    if spec.freeze_patch_embed:
+        model.patch_embed.requires_grad_(False)
     depth = len(model.blocks)
     for index, block in enumerate(model.blocks):
         rate = spec.drop_path if spec.drop_path_schedule == "constant" else spec.drop_path * index / max(1, depth - 1)
@@ -57,13 +65,14 @@ def build_student(spec: StudentSpec, seed: int) -> nn.Module:
 
 
 def student_input(model: nn.Module) -> Preprocessing:
-    """The student's input: its own size, ImageNet's mean and std."""
+    """The student's input: its own size (and frames), ImageNet's mean and std."""
     height, width = model.patch_embed.img_size  # type: ignore[union-attr, misc]  # nn.Module's attributes are untyped
     if height != width:
         raise UsageError(
             f"the student's input is {height}x{width} pixels; only square inputs are supported, set student.arguments.img_size"
         )
-    return Preprocessing(size=int(height))
+    frames = getattr(model.patch_embed, "frames", None)
+    return Preprocessing(size=int(height)) if frames is None else clip_preprocessing(int(height), int(frames))
 
 
 def _fix_positions(model: Any) -> None:

@@ -11,23 +11,21 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hdcache.distill.objective import Taps, linear, plain_forward, student_layout
+from hdcache.distill.objective import Objective, Taps, linear, student_layout
 from hdcache.errors import UsageError
-from hdcache.schema import Record, TeacherCard
+from hdcache.schema import TeacherCard
 from hdcache.taps import Tokens
 
 if TYPE_CHECKING:
     from hdcache.batch import Batch
 
 
-class Supervised(Record):
+class Supervised(Objective):
     """Settings of supervised training; the objective itself."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     kind: Literal["supervised"] = "supervised"
     """Which objective this is."""
@@ -40,17 +38,9 @@ class Supervised(Record):
         """``cross_entropy``."""
         return ("cross_entropy",)
 
-    def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
-        """Nothing: there is no teacher."""
-        return {}
-
     def student_taps(self, depth: int) -> tuple[str, ...]:
         """``final``."""
         return ("final",)
-
-    def last_trained(self, depth: int) -> str:
-        """``final``."""
-        return "final"
 
     def build(
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
@@ -66,10 +56,6 @@ class Supervised(Record):
             raise UsageError("objective.pool is 'class-token', which the student lacks; set objective.pool=mean")
         return linear(layout.width, num_classes, generator)
 
-    def forward(self, student: nn.Module, batch: Batch, heads: nn.Module, seed: int) -> Taps:
-        """The plain forward."""
-        return plain_forward(self, student, batch)
-
     def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
         """Cross-entropy in nats, mean over the batch.
 
@@ -78,14 +64,19 @@ class Supervised(Record):
         UsageError
             if a sample of the batch has no label (-1).
         """
-        unlabelled = (batch.labels < 0).nonzero()
-        if len(unlabelled):
-            raise UsageError(
-                f"sample {batch.ids[int(unlabelled[0])]!r} has no label, but objective 'supervised' needs one for "
-                "every sample; remove unlabelled samples from the data set or use an objective that needs no labels"
-            )
+        check_labels(batch, self.kind)
         tokens = taps["final"]
         assert isinstance(tokens, Tokens)  # noqa: S101  # programmer invariant
         pooled = tokens.prefix[:, 0] if self.pool == "class-token" else tokens.patches.mean(1)
         logits = heads(pooled).float()
         return {"cross_entropy": cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)}
+
+
+def check_labels(batch: Batch, kind: str) -> None:
+    """Refuse a batch with a sample that has no label (-1); ``kind`` is the objective's."""
+    unlabelled = (batch.labels < 0).nonzero()
+    if len(unlabelled):
+        raise UsageError(
+            f"sample {batch.ids[int(unlabelled[0])]!r} has no label, but objective {kind!r} needs one for "
+            "every sample; remove unlabelled samples from the data set or use an objective that needs no labels"
+        )

@@ -4,24 +4,26 @@ Ren, Wei, Zhang, Hu: TinyMIM, CVPR 2023 (arXiv 2301.01296), section 3.1. The def
 softmaxed Q-K and V-V relations of one teacher block, read by the student's last block cut into the teacher's
 head count. Where paper and released code leave a choice open, it is a field here and its docstring says so.
 
-Legend: B images, P prefix tokens, N patch tokens, T = P + N, D width, H heads, K head width.
+Legend: B images, P prefix tokens, N patch tokens, M visible ones, T = P + N, D width, H heads, K head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, smooth_l1_loss
+from torch.nn.functional import layer_norm, mse_loss, smooth_l1_loss
 
-from hdcache.distill.objective import Taps, linear, plain_forward, student_layout, teacher_layout
+from hdcache.distill.mae import MAE
+from hdcache.distill.objective import Objective, Taps, linear, student_layout, teacher_layout
 from hdcache.errors import UsageError, nearest
-from hdcache.relations import KINDS, RelationKind, log_relation, relation_kl, split_heads
-from hdcache.schema import Record, TeacherCard
-from hdcache.taps import Tokens, attention_of, num_blocks, parse_tap
+from hdcache.masks import draw_visible, hidden_count
+from hdcache.relations import KINDS, RelationKind, log_relation, relation_kl, relation_logits, split_heads
+from hdcache.schema import MaskSpec, TeacherCard
+from hdcache.taps import Tokens, attention_of, forward_taps, gather_patches, num_blocks, parse_tap
 from hdcache.targets import default_block
 
 if TYPE_CHECKING:
@@ -31,17 +33,29 @@ NORM_EPS = 1e-6
 
 
 class TinyMIMHeads(nn.Module):
-    """Where the loss finds its inputs, resolved once by ``build``, and the projection of the feature strategies."""
+    """Where the loss finds its inputs, resolved once by ``build``, and what is trained beside the student.
 
-    def __init__(self, teacher: str, targets: tuple[str, ...], tap: str, project: nn.Linear | None) -> None:
+    ``cut`` is the head count that relations are cut into, ``prefix`` the teacher's P. ``project`` belongs to the
+    feature strategies, ``decoder`` to the reconstruction.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        targets: tuple[str, ...],
+        tap: str,
+        cut: int,
+        prefix: int,
+        project: nn.Linear | None,
+        decoder: nn.Module | None,
+    ) -> None:
         super().__init__()
-        self.teacher, self.targets, self.tap, self.project = teacher, targets, tap, project
+        self.teacher, self.targets, self.tap, self.cut, self.prefix = teacher, targets, tap, cut, prefix
+        self.project, self.decoder = project, decoder
 
 
-class TinyMIM(Record):
+class TinyMIM(Objective):
     """Settings of TinyMIM; the objective itself."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     kind: Literal["tinymim"] = "tinymim"
     """Which objective this is."""
@@ -63,13 +77,23 @@ class TinyMIM(Record):
     tokens: Literal["all", "patches"] = "all"
     """relation, feature: whether prefix tokens take part. all: as the released code does (the paper's notation counts
     patches only); patches: rows are renormalised over patch keys, so registers or class tokens may differ."""
-    feature: Literal["out", "attn_in", "qkv", "final"] | None = None
-    """feature, class-token: which tensor of the teacher. null: feature: out, the paper's output feature (Tab. 6 finds
-    qkv best); class-token: final, after the last norm (not stated in the paper)."""
+    softmax: bool = True
+    """relation: whether relations are softmaxed (Tab. 7 has both). false: mean squared error between raw scores, each
+    scaled by its own head width (the paper does not state this distance)."""
+    feature: Literal["out", "attn_in", "qkv", "attn_out", "mid", "mlp_out", "final"] | None = None
+    """feature, class-token: which tensor of the teacher (Tab. 6: attention attn_out, after adding mid; FFN mlp_out,
+    after adding out). null: feature: out, the paper's output feature (Tab. 6 finds qkv best); class-token: final,
+    after the last norm (not stated in the paper)."""
     beta: float = Field(default=2.0, gt=0)
     """feature: where smooth L1 turns from quadratic to linear, in standard deviations of the target (Eq. 8)."""
     temperature: float = Field(default=1.0, gt=0)
     """class-token: divides both features before their softmax over channels (not stated in the paper)."""
+    masked_input: float | None = Field(default=None, gt=0, lt=1)
+    """Share of patches that the student does not see, drawn afresh in each epoch (Tab. 12: 0.75; of clips in tubes);
+    targets are restricted to what it sees. null: it sees all, as the paper's method does."""
+    reconstruction: MAE | None = None
+    """MAE's pixel reconstruction beside the distillation (Tab. 5, 12), as loss part pixels; its mask_ratio must be
+    masked_input, because one forward of the student serves both. null: none."""
 
     @model_validator(mode="after")
     def _settings_are_used(self) -> Self:
@@ -79,20 +103,42 @@ class TinyMIM(Record):
             raise ValueError("feature is set, but strategy 'relation' reads none; set it to null")
         if self.strategy != "relation" and self.heads is not None:
             raise ValueError(f"heads is set, but strategy {self.strategy!r} has no heads; set heads to null")
-        if self.strategy == "relation" and self.student_block == 1:
+        if self.strategy != "relation" and not self.softmax:
+            raise ValueError(f"softmax is false, but strategy {self.strategy!r} has no relations; set softmax to true")
+        if self.reconstruction is not None and self.reconstruction.mask_ratio != self.masked_input:
+            raise ValueError(
+                f"reconstruction hides {self.reconstruction.mask_ratio:g} of the patches, but masked_input is "
+                f"{self.masked_input}; one forward serves both: set masked_input and reconstruction.mask_ratio alike"
+            )
+        if self.reconstruction is not None and self.reconstruction.mask is not None:
+            raise ValueError("reconstruction.mask is set, but masked_input draws the mask; set it to null")
+        if self.strategy == "relation" and self.student_block == 1 and self.reconstruction is None:
             raise ValueError("student_block 1 would train no block at all; relations need student_block 2 or later")
         if self.feature == "final" and self.teacher_block is not None:
             raise ValueError("teacher_block is set, but feature 'final' belongs to no block; set one of them to null")
         return self
 
     def parts(self) -> tuple[str, ...]:
-        """The relation kinds, or ``feature``, or ``class_token``."""
-        return self.relations if self.strategy == "relation" else (self.strategy.replace("-", "_"),)
+        """The relation kinds, or ``feature``, or ``class_token``; with a reconstruction ``pixels`` too."""
+        own = self.relations if self.strategy == "relation" else (self.strategy.replace("-", "_"),)
+        return (*own, "pixels") if self.reconstruction is not None else own
 
     def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
-        """One teacher's relations of the target block, or one of its token tensors."""
+        """One teacher's relations of the target block (its QKV for raw scores), or one of its token tensors."""
         name, card = self._teacher(cards)
-        if self.strategy == "relation":
+        if card.mask is not None:
+            raise UsageError(
+                f"teacher {name!r} ran on its visible tokens only ({card.mask.kind} mask of {card.mask.ratio:g}), but "
+                "objective 'tinymim' compares whole images; extract the teacher without a mask, under another name"
+            )
+        if self.strategy == "relation" and not self.softmax:
+            if card.qk_norm and set(self.relations) != {"vv"}:
+                raise UsageError(
+                    f"teacher {name!r} normalises queries and keys, so its raw ones are not what it compares; "
+                    "set objective.softmax=true, or objective.relations=[vv]"
+                )
+            names: tuple[str, ...] = (f"block{self.teacher_block or default_block(card.depth)}.qkv",)
+        elif self.strategy == "relation":
             block = self.teacher_block or default_block(card.depth)
             cut = f"@{self.heads}" if self.heads else ""
             names = tuple(f"block{block}.rel.{kind}{cut}" for kind in self.relations)
@@ -109,18 +155,22 @@ class TinyMIM(Record):
         return {name: names}
 
     def student_taps(self, depth: int) -> tuple[str, ...]:
-        """The QKV of the student block (relation), ``final``, or the output of ``student_block``."""
+        """The QKV of the student block (relation), ``final``, or the output of ``student_block``; then the decoder's."""
         block = self.student_block or depth
         if block > depth:
             raise UsageError(
                 f"objective.student_block is {block}, but the student has {depth} blocks; choose 2 to {depth}, or null"
             )
         if self.strategy == "relation":
-            return (f"block{block}.qkv",)
-        return ("final",) if self.student_block is None else (f"block{block}.out",)
+            tap = f"block{block}.qkv"
+        else:
+            tap = "final" if self.student_block is None else f"block{block}.out"
+        return (tap,) if self.reconstruction is None or tap == "final" else (tap, "final")
 
     def last_trained(self, depth: int) -> str:
         """Relation: the block before the one that is read, whose tail gets no gradient (released code, vit.py)."""
+        if self.reconstruction is not None:
+            return "final"
         if self.strategy != "relation":
             return self.student_taps(depth)[0]
         return f"block{parse_tap(self.student_taps(depth)[0]).block - 1}.out"
@@ -128,58 +178,95 @@ class TinyMIM(Record):
     def build(
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
     ) -> TinyMIMHeads:
-        """Nothing to train for relations; otherwise one linear layer from the student's to the target's width."""
+        """Nothing to train for relations, else a linear layer to the target's width; and MAE's decoder, if asked for."""
         ((name, targets),) = self.wants(cards).items()
         card, depth = cards[name], num_blocks(student)
-        (tap,) = self.student_taps(depth)
-        width = student_layout(student).width
+        tap = self.student_taps(depth)[0]
+        layout = student_layout(student)
+        if self.masked_input is not None:
+            hidden_count(layout.cells, self.masked_input, "objective.masked_input")
         if self.strategy == "class-token":
             _check_class_tokens(student, name, card)
         else:
             self._check_layouts(student, name, card)
         if self.strategy == "relation":
             self._check_heads(student, parse_tap(tap).block, name, card)
-            return TinyMIMHeads(name, targets, tap, None)
-        outputs = 3 * card.width if targets[0].endswith(".qkv") else card.width
-        return TinyMIMHeads(name, targets, tap, linear(width, outputs, generator))
+            project = None
+        else:
+            outputs = 3 * card.width if targets[0].endswith(".qkv") else card.width
+            project = linear(layout.width, outputs, generator)
+        decoder = None
+        if self.reconstruction is not None:
+            try:
+                decoder = self.reconstruction.build(student, {}, num_classes, generator)
+            except UsageError as error:
+                raise UsageError(str(error).replace("objective.", "objective.reconstruction.")) from None
+        return TinyMIMHeads(name, targets, tap, self.heads or card.heads, card.prefix_tokens, project, decoder)
 
     def forward(self, student: nn.Module, batch: Batch, heads: nn.Module, seed: int) -> Taps:
-        """The plain forward; relation distillation stops it after the QKV of the student block."""
-        return plain_forward(self, student, batch)
+        """The student on the whole image, or on the patches that ``masked_input`` leaves (section 4.3, Tab. 12).
+
+        Then the taps hold ``visible`` int64 [B, M] too, and with a reconstruction what :meth:`MAE.loss` reads.
+        """
+        if self.masked_input is None:
+            return super().forward(student, batch, heads, seed)
+        assert isinstance(heads, TinyMIMHeads)  # noqa: S101  # programmer invariant: what build returned
+        layout = student_layout(student)
+        spec = MaskSpec(kind="tube" if layout.slots > 1 else "random", ratio=self.masked_input, seed=seed)
+        drawn = draw_visible(spec, batch.ids, batch.epoch, layout.cells, layout.slots, "tinymim mask")
+        visible = torch.from_numpy(drawn).to(batch.images.device)
+        taps = forward_taps(student, batch.images, self.student_taps(num_blocks(student)), keep=visible)
+        taps["visible"] = visible
+        if heads.decoder is not None:
+            hidden = torch.ones(len(visible), layout.tokens, dtype=torch.bool, device=visible.device)
+            taps["hidden"] = hidden.scatter(1, visible, False)
+            taps["prediction"] = heads.decoder(taps["final"], visible)
+        return taps
 
     def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
-        """Eq. 9 (one part per relation kind), Eq. 7-8 or Eq. 6."""
+        """Eq. 9 (one part per relation kind), Eq. 7-8 or Eq. 6; and MAE's part."""
         assert isinstance(heads, TinyMIMHeads)  # noqa: S101  # programmer invariant: what build returned
         targets = [batch.targets[heads.teacher][name] for name in heads.targets]
-        student = taps[heads.tap]
+        student, visible = taps[heads.tap], taps.get("visible")
         assert isinstance(student, Tokens)  # noqa: S101
+        assert visible is None or isinstance(visible, Tensor)  # noqa: S101
+        pixels: dict[str, Tensor] = {}
+        if self.reconstruction is not None:
+            assert heads.decoder is not None  # noqa: S101
+            pixels = self.reconstruction.loss(batch, taps, heads.decoder)
         if self.strategy == "relation":
-            pairs = zip(self.relations, targets, strict=True)
-            return {kind: self._relation_loss(kind, target, student) for kind, target in pairs}
+            return self._relation_losses(targets, student, heads, visible) | pixels
         assert isinstance(targets[0], Tokens)  # noqa: S101
         assert heads.project is not None  # noqa: S101
         if self.strategy == "feature":
-            return {"feature": self._feature_loss(targets[0], student, heads.project)}
-        return {"class_token": self._class_token_loss(targets[0], student, heads.project)}
+            return {"feature": self._feature_loss(targets[0], student, heads.project, visible)} | pixels
+        return {"class_token": self._class_token_loss(targets[0], student, heads.project)} | pixels
 
-    def _relation_loss(self, kind: str, target: Any, student: Tokens) -> Tensor:
-        """KL between relations: target [B, H, T, T] (probabilities), student qkv tokens [B, T, 3 D]."""
-        num_heads = int(target.shape[1])
-        if self.tokens == "patches":
-            # A softmax over fewer keys is the old one renormalised, so the stored rows stay exact.
-            prefix = target.shape[-1] - student.patches.shape[1]
-            target = target[..., prefix:, prefix:]
-            target = target / target.sum(-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny)
-        qkv = split_heads(student.patches if self.tokens == "patches" else student.sequence(), num_heads)
-        rows, columns = KINDS[kind]
-        return relation_kl(target, log_relation(qkv[rows], qkv[columns]))
+    def _relation_losses(
+        self, targets: Sequence[Any], student: Tokens, heads: TinyMIMHeads, visible: Tensor | None
+    ) -> dict[str, Tensor]:
+        """KL between relations [B, H, T, T]; without softmax, mean squared error between scaled scores of QKV tokens."""
+        pairs = {kind: KINDS[kind] for kind in self.relations}
+        s = split_heads(self._sequence(student), heads.cut)
+        if not self.softmax:
+            t = split_heads(self._sequence(targets[0], visible).detach(), heads.cut)
+            return {
+                k: mse_loss(relation_logits(s[a], s[b]), relation_logits(t[a], t[b])) for k, (a, b) in pairs.items()
+            }
+        maps = [restricted(target, heads.prefix, self.tokens == "all", visible) for target in targets]
+        logs = [log_relation(s[a], s[b]) for a, b in pairs.values()]
+        return {kind: relation_kl(t, log) for kind, t, log in zip(pairs, maps, logs, strict=True)}
 
-    def _feature_loss(self, target: Tokens, student: Tokens, project: nn.Linear) -> Tensor:
+    def _feature_loss(self, target: Tokens, student: Tokens, project: nn.Linear, visible: Tensor | None) -> Tensor:
         """Smooth L1 to the target whitened per token by a layer norm without learnt affine (Eq. 7-8)."""
-        t = target.patches if self.tokens == "patches" else target.sequence()
-        s = project(student.patches if self.tokens == "patches" else student.sequence())
-        t = layer_norm(t.detach().float(), t.shape[-1:], eps=NORM_EPS)
-        return smooth_l1_loss(s.float(), t, beta=self.beta)
+        t = self._sequence(target, visible).detach().float()
+        s = project(self._sequence(student))
+        return smooth_l1_loss(s.float(), layer_norm(t, t.shape[-1:], eps=NORM_EPS), beta=self.beta)
+
+    def _sequence(self, tokens: Tokens, visible: Tensor | None = None) -> Tensor:
+        """The tokens that take part, [B, T, D]; only the ``visible`` patches where given."""
+        patches = tokens.patches if visible is None else gather_patches(tokens.patches, visible, 0)
+        return patches if self.tokens == "patches" else Tokens(tokens.prefix, patches).sequence()
 
     def _class_token_loss(self, target: Tokens, student: Tokens, project: nn.Linear) -> Tensor:
         """KL between softmaxed class tokens (Eq. 6), averaged over images."""
@@ -201,6 +288,11 @@ class TinyMIM(Record):
 
     def _check_layouts(self, student: nn.Module, name: str, card: TeacherCard) -> None:
         own, theirs = student_layout(student), teacher_layout(card)
+        if own.slots != theirs.slots:
+            raise UsageError(
+                f"strategy {self.strategy!r} compares token with token, but the student has {own} and teacher {name!r} "
+                f"{theirs}; clips are distilled into networks of as many frames, images into networks of images"
+            )
         if own.grid != theirs.grid:
             model: Any = student
             height, width = (rows * int(p) for rows, p in zip(theirs.grid, model.patch_embed.patch_size, strict=True))
@@ -228,6 +320,24 @@ class TinyMIM(Record):
                 f"block{block} of the student normalises Q and K per head, so it cannot take the teacher's heads; "
                 "set student.arguments.qk_norm=false"
             )
+
+
+def restricted(target: Tensor, prefix: int, keep_prefix: bool, visible: Tensor | None = None) -> Tensor:
+    """A relation [B, H, T, T] over fewer tokens: without its ``prefix`` tokens, and of ``visible`` [B, M] patches only.
+
+    A softmax over fewer keys is the old one renormalised, so this equals restricting queries and keys before it.
+    """
+    if visible is not None:
+        first = torch.arange(prefix, device=visible.device).expand(len(visible), -1)
+        kept = torch.cat([first, visible + prefix], 1) if keep_prefix else visible + prefix
+        rows = kept[:, None, :, None].expand(-1, target.shape[1], -1, target.shape[-1])
+        target = target.gather(2, rows)
+        target = target.gather(3, kept[:, None, None, :].expand(-1, *target.shape[1:3], -1))
+    elif keep_prefix:
+        return target
+    else:
+        target = target[..., prefix:, prefix:]
+    return target / target.sum(-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny)
 
 
 def _check_class_tokens(student: nn.Module, name: str, card: TeacherCard) -> None:

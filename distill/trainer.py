@@ -1,15 +1,12 @@
 """The training loop: schedules, steps, log, saved states. It never mentions an objective by name.
 
-Deliberately not here: evaluation (run ``hdcache knn-eval`` on the result), and any choice that a recipe should make.
+Deliberately not here: evaluation (``measure`` comes from outside), and any choice that a recipe should make.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
@@ -18,21 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from hdcache import stopping
 from hdcache.batch import Batch
+from hdcache.distill.log import Log
 from hdcache.distill.objective import Objective
-from hdcache.distill.ranks import Ranks, stop_asked
+from hdcache.distill.ranks import Ranks, agree, first_alone
 from hdcache.distill.schedules import ema_momentum, learning_rate, weight_decay
 from hdcache.distill.settings import Recipe
 from hdcache.distill.state import Position, load_state, save_state
 from hdcache.distill.student import set_drop_paths
-from hdcache.errors import HdcacheError
 from hdcache.loader import Loader
 from hdcache.progress import Progress
+from hdcache.schema import Preprocessing
 from hdcache.teachers import choose_precision
+
+Monitor = Callable[[nn.Module, Preprocessing, str], dict[str, float]]
+"""Called with (student, its input, the deepest layer that training reaches); returns layer -> accuracy in percent, and
+leaves the student and its mode as they were."""
 
 
 class Step(nn.Module):
@@ -77,11 +78,15 @@ def train(
     about: dict[str, Any],
     publish: Callable[[nn.Module | None], None],
     quiet: bool,
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    measure_every: int = 1,
 ) -> tuple[Outcome, nn.Module | None]:
     """Train ``student`` in place for ``recipe.epochs``; returns the outcome and the averaged student, if asked for.
 
     ``about`` is saved with the state, and a resumed run must bring the same. ``publish`` is called after every saved
-    state, with the averaged student, to write a student that can be used.
+    state, with the averaged student, to write a student that can be used. ``measure`` is given the averaged student,
+    or the student where there is none, before the first step, after every ``measure_every`` epochs and after the last
+    one; what it returns is logged. Only the first process measures. Training is the same with and without it.
 
     Raises
     ------
@@ -90,6 +95,8 @@ def train(
     """
     step_module = Step(objective, student, heads, recipe.seed).to(device).train()
     averaged = copy.deepcopy(student).eval().requires_grad_(False) if recipe.ema is not None else None
+    # What evaluation prefers: the recipe's own average, else one that the objective keeps among its heads.
+    preferred = averaged if averaged is not None else objective.averaged(heads)
     optimizer, names = build_optimizer(step_module, recipe)
     modules: dict[str, nn.Module] = {"student": student, "heads": heads} | (
         {"ema": averaged} if averaged is not None else {}
@@ -116,13 +123,29 @@ def train(
         log.pause(position)
         if ranks.first:
             save_state(folder, position, modules, optimizer, names, about)
-            publish(averaged)
+            publish(preferred)
+
+    def measured(log: Log, bar: Progress) -> float:
+        """Measure if it is due and not in the log; the seconds that it took."""
+        last = position.epoch == recipe.epochs
+        if measure is None or position.batch or (position.epoch % measure_every and not last):
+            return 0.0
+        began = time.monotonic()
+        with first_alone(ranks):
+            if ranks.first and position.step not in log.measured:
+                log.note(position, measure(student if preferred is None else preferred))
+        seconds = time.monotonic() - began
+        log.rest(seconds)
+        bar.rest(seconds)
+        return seconds
 
     with (
         closing(Log(folder, ranks, recipe.log_every, position, device)) as log,
         Progress("distill", total * recipe.batch_size, "samples", quiet=quiet or not ranks.first) as bar,
     ):
         bar.skip(position.step * recipe.batch_size)
+        # Before the first step; in a resumed run, what the one before it was stopped from measuring.
+        started += measured(log, bar)
         while position.epoch < recipe.epochs:
             batches = loader.epoch(position.epoch, position.batch)
             for _, pieces in itertools.groupby(batches, key=lambda piece: piece.index):
@@ -132,7 +155,9 @@ def train(
                         group["weight_decay"] = weight_decay(
                             position.step, total, recipe.weight_decay, recipe.weight_decay_end
                         )
-                parts = one_step(wrapped, student, optimizer, pieces, recipe, weights, precision, device)
+                now = {part: weights[part] * factor for part, factor in objective.factors(position.step, total).items()}
+                parts = one_step(wrapped, student, optimizer, pieces, recipe, weights | now, precision, device)
+                objective.after_step(student, heads, position.step, total)
                 if averaged is not None:
                     update_average(
                         averaged, student, ema_momentum(position.step, total, recipe.ema or 0.0, recipe.ema_end)
@@ -146,16 +171,19 @@ def train(
                     recipe.batch_size,
                     f"loss {line:.4f}  waiting for data {100 * share:.0f} %" if line is not None else "",
                 )
-                if time.monotonic() - saved > 60 * recipe.save_every_minutes:
+                due = time.monotonic() - saved > 60 * recipe.save_every_minutes
+                stop, due = agree(ranks, position.step, recipe.log_every, save=due)
+                if stop or due:
                     save(log)
                     saved = time.monotonic()
-                if stop_asked(ranks, position.step, recipe.log_every):
-                    save(log)
+                if stop:
                     raise stopping.stop(f"epoch {position.epoch}, step {position.step} saved in {folder}")
             position.epoch, position.batch = position.epoch + 1, 0
             if position.epoch % recipe.save_every_epochs == 0 or position.epoch == recipe.epochs:
                 save(log)
                 saved = time.monotonic()
+            # After the state is safe: measuring may take long, and a scheduler may not wait.
+            started += measured(log, bar)
     session = max(time.monotonic() - started, 1e-9)
     done = position.step - resumed_at
     return Outcome(
@@ -165,7 +193,7 @@ def train(
         (loader.waited - waited) / session,
         log.mean,
         resumed_at,
-    ), averaged
+    ), preferred
 
 
 def one_step(
@@ -226,102 +254,3 @@ def update_average(averaged: nn.Module, student: nn.Module, momentum: float) -> 
     """averaged <- momentum * averaged + (1 - momentum) * student, parameter by parameter."""
     for mean, value in zip(averaged.parameters(), student.parameters(), strict=True):
         mean.lerp_(value.detach(), 1 - momentum)
-
-
-class Log:
-    """``metrics.jsonl`` (and TensorBoard where it is installed): one line every ``log_every`` steps, means over all ranks."""
-
-    def __init__(self, folder: Path, ranks: Ranks, every: int, position: Position, device: torch.device) -> None:
-        self._every, self._ranks = every, ranks
-        self._sums = {name: torch.tensor(value, device=device) for name, value in position.logged.items()}
-        self._count = position.counted
-        self._since = time.monotonic()
-        self.mean: float | None = None
-        """Mean loss of the last logged interval."""
-        self._board: Any = None
-        self._file: Any = None
-        if ranks.first:
-            path = folder / "metrics.jsonl"
-            self.mean = forget_after(path, position.step)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
-            self._board = tensorboard(folder, position.step)
-
-    def _totals(self, step: int) -> dict[str, float]:
-        """The sums since the last line, averaged over ranks; every rank must ask at the same step."""
-        if not self._sums:
-            return {}
-        values = torch.stack([self._sums[name] for name in sorted(self._sums)])
-        if self._ranks.world > 1:
-            torch.distributed.all_reduce(values)
-            values /= self._ranks.world
-        totals = dict(zip(sorted(self._sums), values.tolist(), strict=True))
-        if not math.isfinite(totals["loss"]):
-            raise HdcacheError(
-                f"the loss is {totals['loss']} at step {step}; the last saved state is kept: lower the learning rate "
-                "(--set lr=...), set clip_grad, or turn mixed precision off (--set amp=off), in a new --out folder"
-            )
-        return totals
-
-    def pause(self, position: Position) -> None:
-        """Note in ``position`` what the next log line has so far; a loss that is not finite is raised, never saved."""
-        position.logged, position.counted = self._totals(position.step), self._count
-
-    def add(
-        self, position: Position, parts: dict[str, Tensor], group: dict[str, Any], batch_size: int, wait_share: float
-    ) -> float | None:
-        """Count a step; at the end of an interval write its means and return the mean loss."""
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._count += 1
-        if position.step % self._every and position.step != 1:
-            return None
-        means = {name: value / self._count for name, value in self._totals(position.step).items()}
-        now = time.monotonic()
-        entry = {
-            "epoch": position.epoch,
-            "step": position.step,
-            **means,
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-            "samples_per_second": round(self._count * batch_size / max(now - self._since, 1e-9), 1),
-            "wait_share": round(wait_share, 4),
-        }
-        self._sums, self._count, self._since, self.mean = {}, 0, now, means["loss"]
-        if self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-        if self._board is not None:
-            for name, value in entry.items():
-                self._board.add_scalar(f"train/{name}", value, position.step)
-        return self.mean
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def forget_after(path: Path, step: int) -> float | None:
-    """Drop the lines of steps that a resumed run takes again, and a torn last one; the loss of the last line kept."""
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["step"] <= step:
-            kept.append(entry)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
-    os.replace(partial, path)
-    return float(kept[-1]["loss"]) if kept else None
-
-
-def tensorboard(folder: Path, step: int) -> Any:
-    """A TensorBoard writer that hides what was logged after ``step``, or None where the package is not installed."""
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -18,6 +18,7 @@ from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, fit
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.engine import decode_row, finite_rows, shard_rows
+from hdcache.masks import visible_count
 from hdcache.relations import relation_kl
 from hdcache.schema import About, ArrayCard, StoredObject, TapRequest, TeacherRecord
 from hdcache.store import ABOUT, Store
@@ -44,8 +45,8 @@ def calibrate(
     """
     taps = [request.tap for request in requests]
     rows = _calibration_rows(store, teacher)
-    pixels = _pixels(store, dataset, teacher, rows, threads)
-    features = _features(teacher, pixels, taps)
+    pixels, ids = _pixels(store, dataset, teacher, rows, threads)
+    features = _features(teacher, pixels, taps, teacher.visible(ids, 0))
     finite = finite_rows(features)
     if not finite.any():
         raise UsageError(
@@ -149,13 +150,16 @@ def repair_constants(
 
 
 def _calibration_rows(store: Store, teacher: Teacher) -> int:
-    tokens = max(1, teacher.card.grid[0] * teacher.card.grid[1])
-    wanted = -(-40 * teacher.card.width // tokens) + HELDOUT_ROWS
+    card = teacher.card
+    cells = card.grid[0] * card.grid[1]
+    tokens = max(1, visible_count(card.mask, cells, card.slots) if card.mask is not None else card.tokens)
+    wanted = -(-40 * card.width // tokens) + HELDOUT_ROWS
     return min(store.card.dataset.count, MAX_ROWS, max(MIN_ROWS, wanted))
 
 
-def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threads: int) -> Tensor:
+def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threads: int) -> tuple[Tensor, list[str]]:
     found: list[Tensor] = []
+    ids: list[str] = []
     reason = ""
     with ThreadPoolExecutor(threads, "calibrate") as pool:
         for shard in range(-(-store.card.dataset.count // store.card.rows_per_shard)):
@@ -165,22 +169,26 @@ def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threa
                 for row in pool.map(
                     lambda entry: decode_row(store, dataset, teacher.card.preprocessing, 0, *entry), part
                 ):
-                    found += [torch.from_numpy(row.pixels)] if row.pixels is not None else []
+                    if row.pixels is not None:
+                        found.append(torch.from_numpy(row.pixels))
+                        ids.append(store.ids[row.sample])
                     reason = reason or row.reason
                 if len(found) >= wanted:
-                    return torch.stack(found[:wanted])
+                    return torch.stack(found[:wanted]), ids[:wanted]
     if not found:
         raise InputNotFound(
             f"{dataset.card.spec}: none of {store.card.dataset.count} images could be read; the first: {reason}"
         )
-    return torch.stack(found)
+    return torch.stack(found), ids
 
 
-def _features(teacher: Teacher, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tokens | Tensor]:
+def _features(
+    teacher: Teacher, pixels: Tensor, taps: Sequence[str], visible: NDArray[Any] | None
+) -> dict[str, Tokens | Tensor]:
     """Features on the CPU, moved there batch by batch: all rows of all taps at once may not fit on the device."""
     pieces: list[dict[str, Tokens | Tensor]] = []
     for span in batches(len(pixels), teacher.batch):
-        found = teacher.forward(pixels[span], taps)
+        found = teacher.forward(pixels[span], taps, None if visible is None else visible[span])
         pieces.append({tap: _to(value, "cpu") for tap, value in found.items()})
     return {tap: _join([piece[tap] for piece in pieces]) for tap in taps}
 

@@ -22,8 +22,10 @@ from hdcache.datasets import Dataset
 from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, StoreMismatch, TooManyFailures, UnreadableImage, UsageError
 from hdcache.extract.writer import Row, ViewWriter, is_recorded
+from hdcache.masks import pack_visible
 from hdcache.plain_encodings import Parts
-from hdcache.reader import read_shard_geometry
+from hdcache.reader import MASK_ARRAY, read_shard_geometry
+from hdcache.rendering import input_shape
 from hdcache.samples import Recorded, open_sample
 from hdcache.schema import Preprocessing
 from hdcache.store import Store
@@ -106,7 +108,15 @@ def decode_row(
         opened = open_sample(dataset, store.ids[sample], store.card.views, view, recorded)
     except (UnreadableImage, StoreMismatch) as error:
         return Row(sample, None, reason=str(error), gone=_by_the_system(error))
-    return Row(sample, opened.pixels(preprocessing), opened.box, opened.flip, opened.image.size, opened.digest)
+    return Row(
+        sample,
+        opened.pixels(preprocessing),
+        opened.box,
+        opened.flip,
+        opened.image.size,
+        opened.digest,
+        frames=opened.frames,
+    )
 
 
 def _by_the_system(error: BaseException | None) -> bool:
@@ -241,22 +251,23 @@ class Pipeline:
         self, writer: ViewWriter, shard: int, rows: Sequence[Row]
     ) -> tuple[dict[str, Parts], dict[int, str], int]:
         start = shard * self.store.card.rows_per_shard
-        size = self.teacher.card.preprocessing.size
-        blank = np.zeros((3, size, size), np.uint8)
+        blank = np.zeros(input_shape(self.teacher.card.preprocessing), np.uint8)
         failed = {start + i: row.reason for i, row in enumerate(rows) if row.pixels is None}
         collected: dict[str, dict[str, list[NDArray[np.generic]]]] = {tap: {} for tap in writer.encoders}
+        masks: list[NDArray[np.uint8]] = []
         saturated = 0
         for span in batches(len(rows), self.teacher.batch):
             part = rows[span]
             started = time.perf_counter()
             features: dict[str, Tokens | Tensor]
+            visible = self.teacher.visible([self.store.ids[row.sample] for row in part], writer.view)
             if all(row.pixels is None for row in part):
                 features = {
                     tap: _zeros(encoder, len(part), self.teacher.device) for tap, encoder in writer.encoders.items()
                 }
             else:
                 pixels = torch.from_numpy(np.stack([blank if row.pixels is None else row.pixels for row in part]))
-                features = self.teacher.forward(pixels, list(writer.encoders))
+                features = self.teacher.forward(pixels, list(writer.encoders), visible)
             bad = ~finite_rows(features).cpu()
             self.timing.forward += time.perf_counter() - started
             started = time.perf_counter()
@@ -271,6 +282,8 @@ class Pipeline:
                 saturated += clipped
                 for name, block in arrays.items():
                     collected[tap].setdefault(name, []).append(block)
+            if visible is not None:
+                masks.append(pack_visible(visible, self.teacher.card.tokens))
             self.timing.encode += time.perf_counter() - started
         readable = [start + i for i, row in enumerate(rows) if row.pixels is not None]
         if len(readable) >= ENOUGH_TO_JUDGE and failed.keys() >= set(readable):
@@ -281,6 +294,9 @@ class Pipeline:
         joined = {
             tap: {name: np.concatenate(blocks) for name, blocks in arrays.items()} for tap, arrays in collected.items()
         }
+        if masks:
+            folder, name = MASK_ARRAY.split("/")
+            joined[folder] = {name: np.concatenate(masks)}
         return joined, failed, saturated
 
 
@@ -298,7 +314,7 @@ def _zeros(encoder: Encoder, rows: int, device: torch.device) -> Tokens | Tensor
     """Features of rows that all failed, as :func:`_blank_rows` would leave them."""
     card = encoder.card
     if not card.tokens:
-        return torch.zeros(rows, *card.arrays["values"].shape, device=device)
+        return torch.zeros(rows, *card.row, device=device)
     shapes = ((rows, count, card.channels) for count in (card.prefix_tokens, card.tokens))
     return Tokens(*(torch.zeros(shape, device=device) for shape in shapes))
 

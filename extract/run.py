@@ -11,42 +11,28 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hdcache.datasets import Dataset, open_dataset
-from hdcache.encodings import Encoder, request
+from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, OutOfSpace, StoreMismatch, UsageError
 from hdcache.extract.calibrate import calibrate, repair_constants, write_record
 from hdcache.extract.engine import Pipeline, Timing
+from hdcache.extract.summary import ExtractSummary, account
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import Progress, size
 from hdcache.reader import TeacherReader
+from hdcache.records import differences
 from hdcache.resources import available_cores
-from hdcache.schema import StoreCard, TapCard, TapRequest, TeacherRecord, ViewSpec, differences
+from hdcache.schema import MaskSpec, StoreCard, TapCard, TapRequest, TeacherRecord, ViewSpec
 from hdcache.store import Store, write_lock
+from hdcache.tap_requests import request_all
 from hdcache.targets import default_block
 from hdcache.teachers import Teacher, absolute_spec, choose_device, load_teacher, split_name
-from hdcache.views import parse_views
-
-
-@dataclass
-class ExtractSummary:
-    """What an extraction did."""
-
-    store: str
-    teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per teacher: rows written now, rows in all, bytes, failed rows, saturated values, seconds, rate, bottleneck, taps,
-    identity, manifests."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Sample id -> reason."""
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
+from hdcache.views import check_input, check_views, default_views, parse_views
 
 
 def extract(
@@ -60,7 +46,10 @@ def extract(
     view_seed: int = 0,
     encoding: str | None = None,
     fidelity: float | None = None,
+    top_k: int | None = None,
     img_size: int | None = None,
+    teacher_mask: str | MaskSpec | None = None,
+    teacher_mask_seed: int = 0,
     precision: str = "auto",
     device: str = "auto",
     batch: int = 32,
@@ -80,11 +69,14 @@ def extract(
     taps
         tap names (:mod:`hdcache.taps`); by default the ``attn_in`` of TinyMIM's target block, and ``final``.
     views
-        a preset name of :mod:`hdcache.views` or a :class:`ViewSpec`; ``mae`` for a new store.
+        a preset name of :mod:`hdcache.views` or a :class:`ViewSpec`; ``mae`` for a new store, ``videomae`` for videos.
     num_views
         views per sample; more can be added by a later call.
-    encoding, fidelity
-        see :mod:`hdcache.encodings`; klt at 5 % relative RMSE by default.
+    encoding, fidelity, top_k
+        see :mod:`hdcache.tap_requests`; klt at 5 % relative RMSE by default, every class of logits.
+    teacher_mask, teacher_mask_seed
+        run the teachers on some of their patch tokens (:func:`~hdcache.masks.parse_mask`: ``0.75``, ``random:0.75``,
+        ``tube:0.75``; the share is hidden): another mask or seed is another teacher, under a name of its own.
     batch
         images per forward pass; a rerun uses the number that the teacher was started with.
     max_failures
@@ -113,13 +105,15 @@ def extract(
             teacher = load_teacher(
                 spec,
                 img_size=img_size,
+                mask=teacher_mask,
+                mask_seed=teacher_mask_seed,
                 precision=precision,
                 device=where,
                 batch=known.batch if known else batch,
                 taps=list(taps),
             )
-            # In the order of names: --tap twice in another order is the same teacher.
-            requests = [request(tap, encoding, fidelity) for tap in sorted(set(taps or default_taps(teacher)))]
+            check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}")
+            requests = request_all(taps or default_taps(teacher), encoding, fidelity, top_k)
             record, encoders = open_or_calibrate(
                 opened, dataset, teacher, requests, known, threads=workers, source=absolute_spec(split_name(spec)[1])
             )
@@ -144,6 +138,8 @@ def open_or_create(
                 f"{path}: no store there yet; name the data set too: 'hdcache extract DATA --store {path} ...'"
             )
         dataset = open_dataset(data)
+        asked = parse_views(default_views(dataset.card), seed) if views is None else asked
+        check_views(asked, dataset.card)
         shard = shard_size(dataset.card.count, rows_per_shard)
         card = StoreCard(
             dataset=dataset.card,
@@ -159,7 +155,7 @@ def open_or_create(
                     card,
                     list(dataset.ids),
                     dataset.labels,
-                    written_with={name: version(name) for name in ("hdcache", "zarr", "numcodecs", "numpy", "pillow")},
+                    written_with={name: version(name) for name in decoders(dataset.card.kind)},
                 )
     store = Store.open(path)
     known = store.card.dataset
@@ -179,6 +175,11 @@ def open_or_create(
             f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
         )
     return dataset, store
+
+
+def decoders(kind: str) -> list[str]:
+    """The packages whose versions may show in what a store of data of this kind holds."""
+    return ["hdcache", "zarr", "numcodecs", "numpy", "pillow", *(["av"] if kind == "video" else [])]
 
 
 def shard_size(count: int, wanted: int) -> int:
@@ -286,58 +287,7 @@ def check_space(store: Store, record: TeacherRecord, rows: int) -> None:
 
 def row_bytes(card: TapCard) -> float:
     """Bytes on disk of one row of a tap: its values at the measured rate, and its prefix tokens, which no codec shrinks."""
-    values = card.tokens * card.channels or math.prod(card.arrays["values"].shape)
+    values = math.prod(card.row)
     prefix = card.arrays.get("prefix")
     raw = math.prod(prefix.shape) * np.dtype(prefix.dtype).itemsize if prefix else 0
     return values * card.certificate.bits_per_value / 8 + raw
-
-
-def account(store: Store, record: TeacherRecord, timing: Timing, seconds: float, num_views: int) -> dict[str, Any]:
-    """The numbers of one teacher for the summary."""
-    reader = TeacherReader(store, record.name)
-    manifests = {view: reader.manifest(view) for view in range(num_views)}
-    stored = sum(
-        entry.size for manifest in manifests.values() for key, entry in manifest.objects.items() if "/views/" in key
-    )
-    return {
-        "rows_written": timing.rows,
-        "rows": sum(manifest.rows for manifest in manifests.values()),
-        "bytes": stored,
-        "failed_rows": sum(len(manifest.failed) for manifest in manifests.values()),
-        "saturated": sum(manifest.saturated for manifest in manifests.values()),
-        "seconds": round(seconds, 3),
-        "rows_per_second": round(timing.rows / max(seconds, 1e-9), 1),
-        "bottleneck": timing.bottleneck() if timing.rows else "nothing left to do",
-        "taps": {
-            tap: card.certificate.model_dump(mode="json") | {"encoding": card.encoding}
-            for tap, card in record.taps.items()
-        },
-        "identity": record.identity_digest(),
-        "manifests": {str(view): manifest.digest() for view, manifest in manifests.items()},
-    }
-
-
-def format_summary(summary: ExtractSummary) -> str:
-    """The summary as text, failed images named."""
-    lines = []
-    for name, facts in summary.teachers.items():
-        lines.append(
-            f"{summary.store}: teacher {name}, {facts['rows']:,} rows, {size(facts['bytes'])} "
-            f"({facts['rows_written']:,} rows written at {facts['rows_per_second']:,.0f} rows/s, bottleneck: {facts['bottleneck']})"
-        )
-        for tap, seal in facts["taps"].items():
-            lines.append(
-                f"  {tap}: {seal['encoding']}, {seal['bits_per_value']:.2f} bits/value, relative RMSE {100 * seal['relative_rmse']:.2f} %"
-            )
-        if facts["saturated"]:
-            lines.append(
-                f"  {facts['saturated']:,} values were clipped to their integer range; see docs/store-format.md"
-            )
-    if summary.failed:
-        lines.append(
-            f"{len(summary.failed)} images failed and are recorded as failed rows; the same command tries them again:"
-        )
-        lines += [f"  {reason}" for reason in list(summary.failed.values())[:20]]
-        if len(summary.failed) > 20:
-            lines.append(f"  and {len(summary.failed) - 20} more (--json lists all)")
-    return "\n".join(lines)

@@ -20,9 +20,9 @@ from hdcache.encodings import Encoder, compresses
 from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
 from hdcache.plain_encodings import Parts
-from hdcache.reader import read_shard_geometry
+from hdcache.reader import MASK_ARRAY, mask_array, read_shard_geometry
 from hdcache.schema import ArrayCard, Receipt, StoredObject, TeacherRecord
-from hdcache.store import GEOMETRY_COLUMNS, Store
+from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
 from hdcache.views import Box
 
 ENCODERS = 4
@@ -30,7 +30,7 @@ ENCODERS = 4
 
 
 def is_recorded(geometry: NDArray[np.int32]) -> Any:
-    """Whether a row [8] (or each row, [rows, 8]) of a view's geometry was read when it was written."""
+    """Whether a row [columns] (or each row, [rows, columns]) of a view's geometry was read when it was written."""
     return geometry[..., GEOMETRY_COLUMNS.index("source_width")] > 0
 
 
@@ -47,7 +47,7 @@ class Row:
 
     sample: int
     pixels: NDArray[np.uint8] | None
-    """[3, size, size]."""
+    """[3, size, size], or [3, frames, size, size] of a clip."""
     box: Box = (0, 0, 0, 0)
     flip: bool = False
     source_size: tuple[int, int] = (0, 0)
@@ -55,9 +55,13 @@ class Row:
     reason: str = ""
     gone: bool = False
     """Whether the system could not read the file, as against bytes that are no image."""
+    frames: tuple[int, ...] = ()
+    """Indices of a clip's frames in its video."""
 
-    def geometry(self) -> list[int]:
-        return [self.sample, *self.box, int(self.flip), *self.source_size]
+    def geometry(self, columns: int) -> list[int]:
+        """The row's numbers in the order of the store's columns; a failed one has no frames."""
+        numbers = [self.sample, *self.box, int(self.flip), *self.source_size, *self.frames]
+        return numbers + [0] * (columns - len(numbers))
 
 
 class ViewWriter:
@@ -81,12 +85,20 @@ class ViewWriter:
                 self._writers[f"{tap}/{name}"] = ShardWriter(
                     self.rows, array, chunk, shard, codec=codec, attributes=about
                 )
+        if record.card.mask is not None:
+            # Which tokens a row's teacher saw belongs to the teacher: other teachers share the view without it.
+            bits = {"tokens": record.card.tokens, "bits": "visible patch tokens, the first in the highest bit"}
+            self._writers[MASK_ARRAY] = ShardWriter(
+                self.rows, mask_array(record.card), chunk, shard, codec=False, attributes={"hdcache": bits}
+            )
         # A ShardWriter encodes one shard at a time.
         self._locks = {key: threading.Lock() for key in self._writers}
-        columns = {"hdcache": {"columns": list(GEOMETRY_COLUMNS)}}
+        columns = geometry_columns(card.views)
+        self._columns = len(columns)
+        named = {"hdcache": {"columns": list(columns)}}
         self._geometry_writers = {
             "geometry": ShardWriter(
-                self.rows, ArrayCard(shape=(8,), dtype="int32"), shard, shard, codec=True, attributes=columns
+                self.rows, ArrayCard(shape=(len(columns),), dtype="int32"), shard, shard, codec=True, attributes=named
             ),
             "source_digest": ShardWriter(
                 self.rows, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=False, attributes={}
@@ -95,7 +107,8 @@ class ViewWriter:
 
     def open(self) -> None:
         """Write the metadata of every group and array, where it is not there yet."""
-        groups = [(self.ledger, tap) for tap in self.encoders] + [(self.ledger, ""), (self.geometry, "")]
+        folders = sorted({key.rpartition("/")[0] for key in self._writers})
+        groups = [(self.ledger, folder) for folder in folders] + [(self.ledger, ""), (self.geometry, "")]
         for ledger, key in groups:
             static = self._static if ledger is self.ledger else self._geometry_static
             path = "/".join(part for part in (ledger.key, key, "zarr.json") if part)
@@ -162,7 +175,7 @@ class ViewWriter:
             self._merge_geometry(shard, span, rows)
 
     def _merge_geometry(self, shard: int, span: tuple[int, int], rows: Sequence[Row]) -> None:
-        geometry = np.array([row.geometry() for row in rows], np.int32)
+        geometry = np.array([row.geometry(self._columns) for row in rows], np.int32)
         digests = np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32).copy()
         known = read_shard_geometry(self.store, self.view, shard)
         if known is not None:
@@ -207,7 +220,7 @@ class ViewWriter:
             geometry, digests = (self._salvaged(name, span) for name in self._geometry_writers)
             if geometry is not None and [row.sample for row in rows] != geometry[:, 0].tolist():
                 geometry = None
-            drawn = np.array([row.geometry() for row in rows], np.int32)
+            drawn = np.array([row.geometry(self._columns) for row in rows], np.int32)
             hashes = np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32).copy()
             for i, row in enumerate(rows):
                 old = geometry[i] if geometry is not None and is_recorded(geometry[i]) else None
@@ -217,7 +230,7 @@ class ViewWriter:
                     continue
                 why = row.reason
                 if row.pixels is not None and (
-                    (old is not None and tuple(old[-2:]) != row.source_size)
+                    (old is not None and tuple(old[6:8]) != row.source_size)
                     or (seen is not None and seen.tobytes() != row.digest)
                 ):
                     why = f"{self.store.ids[row.sample]}: the image changed since its view was recorded"
@@ -227,14 +240,14 @@ class ViewWriter:
                         f"cannot be used ({why}); restore that image and run the same command again"
                     )
                 if why:
-                    drawn[i], hashes[i] = Row(row.sample, None).geometry(), 0
+                    drawn[i], hashes[i] = Row(row.sample, None).geometry(self._columns), 0
                 elif old is not None:
                     drawn[i] = old
             self._record_geometry(shard, span, drawn, hashes, [row.reason for row in rows])
 
     def _salvaged(self, name: str, span: tuple[int, int]) -> NDArray[Any] | None:
         """One array of a shard whose receipt is no help: its own checksums tell whether it is whole."""
-        card = {"geometry": ((self.rows, 8), "int32"), "source_digest": ((self.rows, 32), "uint8")}[name]
+        card = {"geometry": ((self.rows, self._columns), "int32"), "source_digest": ((self.rows, 32), "uint8")}[name]
         size = self.store.card.rows_per_shard
         key = f"{self.geometry.key}/{name}"
         chunk = f"{key}/{self._geometry_writers[name].key(span[0] // size)}"

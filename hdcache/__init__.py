@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hdcache.api import OpenedStore as OpenedStore
     from hdcache.api import open_store as open_store
+    from hdcache.chain import distill_chain as distill_chain
     from hdcache.datasets import open_dataset as open_dataset
     from hdcache.distill.recipes import get_recipe as get_recipe
     from hdcache.distill.run import distill as distill_student
@@ -26,6 +27,7 @@ _WHERE = {
     "open_dataset": ("hdcache.datasets", "open_dataset"),
     "extract_store": ("hdcache.extract.run", "extract"),
     "distill_student": ("hdcache.distill.run", "distill"),
+    "distill_chain": ("hdcache.chain", "distill_chain"),
     "evaluate_knn": ("hdcache.evaluate.run", "knn_eval"),
     "get_recipe": ("hdcache.distill.recipes", "get_recipe"),
 }
@@ -37,6 +39,7 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "OpenedStore",
     "get_recipe",
     "distill_student",
+    "distill_chain",
     "evaluate_knn",
     "__version__",
 ]

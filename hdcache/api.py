@@ -16,7 +16,9 @@ import torch
 from hdcache.datasets import open_dataset
 from hdcache.errors import InputNotFound, StoreMismatch
 from hdcache.integrity import Verification, verify
-from hdcache.loader import Loader, Options
+from hdcache.loader import Loader
+from hdcache.options import Options
+from hdcache.photometric import Photometric
 from hdcache.reader import TeacherReader
 from hdcache.resources import available_cores
 from hdcache.schema import Preprocessing
@@ -108,12 +110,13 @@ class OpenedStore:
                 "differ; give data=SPEC of the original"
             )
         where = torch.device(device)
+        light, contrast, colour = jitter or (0.0, 0.0, 0.0)
         options = Options(
             batch_size=batch_size,
-            preprocessing=Preprocessing(size=size, mean=mean, std=std),
+            preprocessing=Preprocessing(size=size, mean=mean, std=std, frames=self.store.card.views.frames),
             seed=seed,
             buffer_rows=buffer_rows,
-            jitter=jitter,
+            augment=(None if jitter is None else Photometric(brightness=light, contrast=contrast, saturation=colour),),
             drop_last=drop_last,
             rank=rank,
             world=world,

@@ -23,7 +23,8 @@ from zarr.storage import LocalStore, MemoryStore
 
 from hdcache.durable import durable_write
 from hdcache.errors import StoreCorrupt
-from hdcache.schema import ArrayCard, StoredObject, canonical_json
+from hdcache.records import canonical_json
+from hdcache.schema import ArrayCard, StoredObject
 
 _CODECS = {"bytes", "transpose", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed"}
 _KEYS = {"name": "default", "configuration": {"separator": "."}}

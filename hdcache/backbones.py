@@ -7,7 +7,8 @@ Specs, the same on the command line and in Python:
 ``random:NAME?seed=0&img_size=32&depth=4``          untrained
 ``path/to/run``                                     a student folder that ``hdcache distill`` wrote
 
-Further options after ``?`` are keyword arguments of ``timm.create_model``.
+Further options after ``?`` are keyword arguments of ``timm.create_model``; ``frames=16`` (with ``tubelet=2``) makes a
+network of clips of it (:mod:`hdcache.video_vit`), whose checkpoint may be VideoMAE's.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from hdcache.checkpoints import first_line, fitted, is_head, load_strictly, read
 from hdcache.errors import InputNotFound, UsageError, nearest
 from hdcache.schema import Preprocessing
 from hdcache.taps import num_blocks
+from hdcache.video_vit import fix_video_positions, video_arguments
 
 WEIGHTS_FILE, CONFIG_FILE = "student.safetensors", "config.json"
 
@@ -95,6 +97,8 @@ def load_backbone(spec: str, *, img_size: int | None = None, classifier: bool = 
         if classifier:
             head = state.get("head.weight")
             options["num_classes"] = 0 if head is None else int(head.shape[0])
+        if "frames" in options and "fc_norm.weight" in state:
+            options.setdefault("fc_norm", True)  # VideoMAE's fine-tuned networks pool before their last norm
         model = create_vit(name, options, seed=seed)
         load_strictly(model, state, str(checkpoint))
     else:
@@ -142,13 +146,24 @@ def _scalar(text: str) -> Any:
 def create_vit(
     architecture: str, arguments: Mapping[str, Any], *, pretrained: bool = False, seed: int = 0
 ) -> nn.Module:
-    """``timm.create_model``, with initial weights that depend on ``seed`` alone and the global generator untouched."""
+    """``timm.create_model``, with initial weights that depend on ``seed`` alone and the global generator untouched.
+
+    With ``frames`` among the arguments, a network of clips (:func:`hdcache.video_vit.video_arguments`).
+    """
     if arguments.get("in_chans", 3) != 3:
         raise UsageError(f"{architecture}: in_chans {arguments['in_chans']}; images have 3 channels, leave it out")
+    options = {key: value for key, value in arguments.items() if key != "frames" or value is not None}
+    if clips := not {"frames", "tubelet"}.isdisjoint(options):
+        options = video_arguments(architecture, options)
+    if clips and pretrained:
+        raise UsageError(
+            f"{architecture} with frames={arguments.get('frames')}: timm has no weights of video networks; "
+            f"give timm:{architecture}?checkpoint=FILE&frames={arguments.get('frames')} (VideoMAE's are read), or random:"
+        )
     try:
         with torch.random.fork_rng(devices=[]), _hub_in_reach() if pretrained else nullcontext():
             torch.default_generator.manual_seed(seed)  # the CPU's alone, the one that fork_rng restores
-            model: nn.Module = timm.create_model(architecture, **arguments)
+            model: nn.Module = timm.create_model(architecture, **options)
             if pretrained:
                 _check_hub_weights(model, architecture)
                 # timm itself loads them: for some networks it resamples positions in a way of their own.
@@ -164,6 +179,8 @@ def create_vit(
         raise UsageError(f"{architecture} with {dict(arguments)}: {first_line(error)}") from None
     if not num_blocks(model):
         raise UsageError(f"{architecture} with {dict(arguments)}: depth must be at least 1")
+    if clips:
+        fix_video_positions(model)
     return model
 
 
@@ -222,12 +239,22 @@ def _freeze(
             raise UsageError(
                 f"{source}: input of {height}x{width} pixels; only square inputs are supported, give img_size=N"
             )
-        preprocessing = Preprocessing(
-            size=height, mean=data["mean"], std=data["std"], interpolation=data.get("interpolation") or "bicubic"
+        frames = getattr(model.patch_embed, "frames", None)
+        preprocessing = (
+            Preprocessing(
+                size=height, mean=data["mean"], std=data["std"], interpolation=data.get("interpolation") or "bicubic"
+            )
+            if frames is None
+            else clip_preprocessing(height, frames)
         )
     return Backbone(
         model, architecture, dict(arguments), preprocessing, weights_digest(model), source, licence, last_trained
     )
+
+
+def clip_preprocessing(size: int, frames: int) -> Preprocessing:
+    """The input of a network of clips: ImageNet's mean and std, bilinear (VideoMAE's released code, datasets.py)."""
+    return Preprocessing(size=size, frames=frames, interpolation="bilinear")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -240,9 +267,10 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8, or float in [0, 1], [B, 3, H, W] -> float32 [B, 3, H, W]: scaled to [0, 1], then (x - mean) / std."""
-    mean = _per_channel(tuple(preprocessing.mean), pixels.device)
-    std = _per_channel(tuple(preprocessing.std), pixels.device)
+    """uint8, or float in [0, 1], [B, 3, ..., H, W] -> float32 of that shape: scaled to [0, 1], then (x - mean) / std."""
+    channels = (1, -1, *[1] * (pixels.ndim - 2))
+    mean = _per_channel(tuple(preprocessing.mean), pixels.device).view(channels)
+    std = _per_channel(tuple(preprocessing.std), pixels.device).view(channels)
     unit = pixels if pixels.is_floating_point() else pixels.to(torch.float32) / 255
     return (unit - mean) / std
 
@@ -251,7 +279,7 @@ def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Kept, because a copy to a device waits for all work that is queued there."""
     with torch.inference_mode(False):  # an inference tensor could not be used in training later
-        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def save_student(
@@ -265,15 +293,19 @@ def save_student(
 ) -> None:
     """Write ``student.safetensors`` (exactly timm's keys, no classifier) and ``config.json`` (timm's format).
 
-    ``timm.create_model(architecture, num_classes=0, checkpoint_path="student.safetensors", **arguments)`` loads it.
+    ``timm.create_model(architecture, num_classes=0, checkpoint_path="student.safetensors", **arguments)`` loads it,
+    unless it is a network of clips: ``model_args`` then holds ``frames`` and ``tubelet``, which :func:`load_backbone`
+    alone understands.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items() if not is_head(k)}
+    embed: Any = model.patch_embed
+    clips = {"frames": embed.frames, "tubelet": embed.tubelet} if hasattr(embed, "tubelet") else {}
     config = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": int(model.num_features),  # type: ignore[arg-type]  # nn.Module's attributes are untyped
-        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"} | clips,
         "pretrained_cfg": {
             "input_size": [3, preprocessing.size, preprocessing.size],
             "fixed_input_size": True,

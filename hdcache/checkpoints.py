@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from hdcache.errors import InputNotFound, UsageError
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+# What VideoMAE and AMD train beside the encoder (released code, modeling_pretrain.py).
+_PRETRAINING = ("decoder.", "encoder_to_decoder.", "mask_token", "generators.", "encoder.projection_heads.")
 
 
 def first_line(error: Exception) -> str:
@@ -75,11 +78,14 @@ def fitted(model: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, 
     """What :func:`load_strictly` loads, or its refusal; ``model`` stays as it is."""
     own = model.state_dict()
     fits = {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in state.items()}
-    try:
-        # Older spellings of keys, and position embeddings for another input size.
-        converted = state if fits else dict(checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True))
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
-        converted = state
+    if not fits and is_video(own):
+        converted = state = from_videomae(state, own)
+    else:
+        try:
+            # Older spellings of keys, and position embeddings for another input size.
+            converted = state if fits else dict(checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True))
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+            converted = state
     # The pool of a checkpoint that is read without it (SigLIP) stands after the last tap, as a classifier does.
     spare = ("head.", "head_dist.", *(() if getattr(model, "attn_pool", None) else ("attn_pool.",)))
     converted = {key: value for key, value in converted.items() if key in own or not key.startswith(spare)}
@@ -101,6 +107,39 @@ def fitted(model: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, 
             "give the architecture and options that the checkpoint was made with"
         )
     return converted
+
+
+def is_video(own: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict belongs to a network of clips: its patch embedding has a temporal axis."""
+    return "patch_embed.proj.weight" in own and own["patch_embed.proj.weight"].ndim == 5
+
+
+def from_videomae(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """VideoMAE's keys as timm's: the encoder alone, with whole QKV biases; other keys stay as they are.
+
+    Pre-training checkpoints hold ``encoder.*`` beside a decoder, fine-tuned ones the bare names. Positions are fixed and
+    not stored: they are taken from ``own``, the network's state.
+    """
+    kept = {key: value for key, value in state.items() if not key.startswith(_PRETRAINING)}
+    found = whole_qkv_bias({key.removeprefix("encoder."): value for key, value in kept.items()})
+    if "pos_embed" not in found and any(key.startswith("encoder.") or key.endswith(".q_bias") for key in kept):
+        found["pos_embed"] = own["pos_embed"]
+    return found
+
+
+def whole_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each pair ``q_bias``, ``v_bias`` as one ``qkv.bias``, in which keys have a bias of zero.
+
+    VideoMAE's attention (released code, modeling_finetune.py) gives keys none; softmax would not feel it.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        stem = key[: -len("q_bias")]
+        if key.endswith("q_bias") and f"{stem}v_bias" in state:
+            found[f"{stem}qkv.bias"] = torch.cat([value, torch.zeros_like(value), state[f"{stem}v_bias"]])
+        elif not (key.endswith("v_bias") and f"{stem}q_bias" in state):
+            found[key] = value
+    return found
 
 
 def is_head(key: str) -> bool:

@@ -8,15 +8,15 @@ stdout carries the result (text, or JSON with ``--json``), stderr logs and progr
 from __future__ import annotations
 
 import errno
-import json
-import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+
+from hdcache.cli_options import extraction, output, pairs, prepare, print_result, stage_pairs, teacher_mask
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage, 3 input or store not found, 4 failures above --max-failures, "
@@ -37,80 +37,36 @@ def cli() -> None:
     """Run vision teachers once, keep what they know, distill any number of students from it."""
 
 
-def _output(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("-v", "--verbose", count=True, help="More log lines; twice for debugging."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no log lines."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-    ):
-        command = option(command)
-    return command
-
-
-def _prepare(quiet: bool, verbose: int) -> None:
-    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
-    from hdcache import stopping
-
-    stopping.install()
-
-
-def _print(result: Any, text: str, as_json: bool) -> None:
-    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else text)
-
-
-def _pairs(values: Sequence[str], option: str) -> dict[str, str]:
-    pairs = {}
-    for value in values:
-        key, sign, rest = value.partition("=")
-        if not sign or not key:
-            raise click.UsageError(f"{option} takes FIELD=VALUE, got {value!r}")
-        pairs[key] = rest
-    return pairs
-
-
 @cli.command()
 @click.argument("data", required=False)
 @click.option("--store", required=True, help="Folder of the store; made when it does not exist.")
 @click.option(
-    "--teacher",
-    "teachers",
-    multiple=True,
-    required=True,
-    metavar="[NAME=]MODEL",
+    "--teacher", "teachers", multiple=True, required=True, metavar="[NAME=]MODEL",
     help="timm name, timm:NAME?checkpoint=FILE, random:NAME?seed=0, or a student folder. Repeat for several.",
-)
+)  # fmt: skip
 @click.option(
     "--tap",
     "taps",
     multiple=True,
     help="Inner tensor to store, e.g. block9.attn_in, final, block12.rel.qk. Default: attn_in of TinyMIM's target block, and final.",
 )
-@click.option("--views", help="How views are drawn: mae, tinymim, supervised, gentle, center, resize.  [default: mae]")
-@click.option("--num-views", default=1, show_default=True, help="Views per sample.")
-@click.option("--view-seed", default=0, show_default=True, help="Seed of the views of a new store.")
-@click.option("--fidelity", type=float, help="Relative RMSE to allow (klt encoding).  [default: 0.05]")
-@click.option("--encoding", help="klt, int8, fp16, bf16, fp32; relations: sqrt8, fp16, fp32.")
+@click.option("--top-k", type=int, help="Classes of logits to keep, as soft labels.  [default: all; topk: 10]")
 @click.option("--img-size", type=int, help="Teacher input in pixels, when not its own.")
-@click.option("--precision", default="auto", show_default=True, help="Teacher arithmetic: auto, bf16, fp32.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--batch", default=32, show_default=True, help="Images per forward pass.")
-@click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
-@click.option("--rows-per-shard", default=256, show_default=True, help="Rows written, and lost, as one.")
-@click.option("--max-failures", type=int, help="Stop when more images than this cannot be read.  [default: never]")
-@_output
+@teacher_mask
+@extraction
+@output
 def extract(as_json: bool, quiet: bool, verbose: int, data: str | None, **settings: Any) -> None:
     """Run teachers over DATA once and store what they computed.
 
     DATA: a folder of class folders, tars (shard-{000..099}.tar), an .npz, hf:OWNER/NAME?split=train,
     torchvision:CIFAR10?root=DIR. It may be left out for a store that exists. The same command again goes on.
     """
-    _prepare(quiet, verbose)
+    prepare(quiet, verbose)
     from hdcache.extract.run import extract as run
-    from hdcache.extract.run import format_summary
+    from hdcache.extract.summary import format_summary
 
     summary = run(data, **settings, quiet=quiet)
-    _print(summary.json(), format_summary(summary), as_json)
+    print_result(summary.json(), format_summary(summary), as_json)
 
 
 @cli.command()
@@ -119,50 +75,101 @@ def extract(as_json: bool, quiet: bool, verbose: int, data: str | None, **settin
 @click.option("--store", help="Store with the teachers' targets.")
 @click.option("--data", help="Data set, when there is no store or the data has moved.")
 @click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="FIELD=VALUE",
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE",
     help="Change a recipe field, e.g. --set student.drop_path=0.2. Repeat for several.",
-)
+)  # fmt: skip
 @click.option(
     "--online", is_flag=True, help="Run the teachers in the loop instead of reading the store (the baseline)."
 )
 @click.option("--teacher", "teachers", multiple=True, metavar="NAME=MODEL", help="Teacher for --online.")
-@click.option("--views", help="Without a store: mae, tinymim, supervised, gentle, center, resize.")
+@teacher_mask
+@click.option(
+    "--views",
+    help="Without a store: mae, supervised, gentle, center, resize; of videos videomae, videomae-ssv2, clip-center.",
+)
 @click.option("--num-views", type=int, help="Views to go through, one per epoch.  [default: all that are stored]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
 @click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
-@_output
-def distill(as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequence[str], **settings: Any) -> None:
+@click.option("--knn-train", help="Labelled data set: measure the student's k-NN accuracy on the way (metrics.jsonl).")
+@click.option("--knn-test", help="Labelled data set to classify.  [default: leave-one-out on --knn-train]")
+@click.option("--knn-every", type=int, metavar="EPOCHS", help="Epochs from one measurement to the next.  [default: 1]")
+@click.option(
+    "--knn-layers", multiple=True, help="final, blockN.out or all; repeat for several.  [default: the last trained one]"
+)
+@click.option("--knn-stride", type=int, help="Of the clips that a video student is shown.  [default: 4]")
+@output
+def distill(
+    as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequence[str], knn_train: str | None,
+    knn_test: str | None, knn_every: int | None, knn_layers: Sequence[str], knn_stride: int | None, **settings: Any,
+) -> None:  # fmt: skip
     """Train a student by RECIPE: a name of 'hdcache recipes', or a JSON or YAML file."""
-    _prepare(quiet, verbose)
+    prepare(quiet, verbose)
     from hdcache.distill.run import distill as run
     from hdcache.distill.run import format_run
 
-    result = run(recipe, overrides=_pairs(changes, "--set"), quiet=quiet, **settings)
+    if knn_train is not None:
+        from hdcache.evaluate.monitor import knn_monitor
+
+        threads = settings["threads"]
+        settings["monitor"] = knn_monitor(knn_train, knn_test, layers=knn_layers, stride=knn_stride, threads=threads)
+        settings["monitor_every"] = 1 if knn_every is None else knn_every
+    elif (knn_test, knn_every, knn_layers, knn_stride) != (None, None, (), None):
+        raise click.UsageError("--knn-test, -every, -layers and -stride say how to measure; add --knn-train DATA")
+    result = run(recipe, overrides=pairs(changes, "--set"), quiet=quiet, **settings)
     # Under torchrun every process comes here; one speaks for all.
     if os.environ.get("RANK", "0") == "0":
-        _print(result, format_run(result), as_json)
+        print_result(result, format_run(result), as_json)
+
+
+@cli.command()
+@click.argument("data", required=False)
+@click.option("--store", required=True, help="Folder of the store; made when it does not exist.")
+@click.option("--out", required=True, help="Folder of the runs, one folder each.")
+@click.option("--teacher", required=True, metavar="[NAME=]MODEL", help="The first stage's teacher.")
+@click.option(
+    "--recipe", "stages", multiple=True, required=True, help="Once for each stage, in order: a name or a file."
+)
+@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field in all stages.")
+@click.option(
+    "--set-stage", "single", multiple=True, metavar="STAGE:FIELD=VALUE",
+    help="Change a field in one stage, from 1, e.g. --set-stage 2:objective.heads=16.",
+)  # fmt: skip
+@extraction
+@output
+def chain(
+    as_json: bool, quiet: bool, verbose: int, data: str | None, stages: Sequence[str], changes: Sequence[str],
+    single: Sequence[str], **settings: Any,
+) -> None:  # fmt: skip
+    """Distill one student after the other from DATA, each finished one being the next one's teacher.
+
+    Every stage extracts what its recipe reads, then trains. The same command again goes on.
+    """
+    prepare(quiet, verbose)
+    from hdcache.chain import distill_chain, format_chain
+
+    result = distill_chain(
+        data, recipes=stages, overrides=pairs(changes, "--set"), stage_overrides=stage_pairs(single, "--set-stage"),
+        quiet=quiet, **settings,
+    )  # fmt: skip
+    print_result(result, format_chain(result), as_json)
 
 
 @cli.command("knn-eval")
 @click.argument("model")
 @click.option("--train", required=True, help="Labelled data set: the bank of neighbours.")
 @click.option("--test", help="Labelled data set to classify.  [default: leave-one-out on --train]")
-@click.option("--layer", help="final or blockN.out.  [default: the last layer that training reached]")
+@click.option(
+    "--layer",
+    multiple=True,
+    help="final, blockN.out, or all: one table for every layer. Repeat for several.  [default: the last layer that training reached]",
+)
 @click.option(
     "--pool", type=click.Choice(["cls", "mean", "cls+mean"]), help="Token pooling.  [default: cls where there is one]"
 )
 @click.option(
-    "--k",
-    "ks",
-    multiple=True,
-    type=int,
-    default=(10, 20, 100, 200),
-    show_default=True,
+    "--k", "ks", multiple=True, type=int, default=(10, 20, 100, 200), show_default=True,
     help="Neighbours; repeat for several.",
-)
+)  # fmt: skip
 @click.option("--temperature", default=0.07, show_default=True, help="Of the vote's weights exp(similarity / T).")
 @click.option("--img-size", type=int, help="Input in pixels, when not the model's own.")
 @click.option(
@@ -171,16 +178,17 @@ def distill(as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequ
     show_default=True,
     help="Share of the shorter side that the centre crop keeps; 1: all of it.",
 )
+@click.option("--stride", type=int, help="Of the clips that a video network is shown.  [default: as it was trained]")
 @click.option("--leave-one-out", is_flag=True, help="Classify each image of --train by all the others.")
 @click.option("--compat-dino", is_flag=True, help="Top-5 as DINO's script counts it (credits classes without a vote).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
 @click.option("--batch-size", default=64, show_default=True, help="Images per forward pass.")
 @click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
 @click.option("--output", type=click.Path(path_type=Path), help="Also write the result to this JSON file.")
-@_output
+@output
 def knn_eval(as_json: bool, quiet: bool, verbose: int, **settings: Any) -> None:
     """Weighted k-NN accuracy of MODEL's frozen features (a student folder or any model spec)."""
-    _prepare(quiet, verbose)
+    prepare(quiet, verbose)
     from hdcache.evaluate.run import format_table
     from hdcache.evaluate.run import knn_eval as run
     from hdcache.progress import Progress
@@ -194,29 +202,29 @@ def knn_eval(as_json: bool, quiet: bool, verbose: int, **settings: Any) -> None:
             bar.__exit__(None, None, None)
 
     result = run(progress=advance, **settings)
-    _print(result, format_table(result), as_json)
+    print_result(result, format_table(result), as_json)
 
 
 @cli.command()
 @click.argument("store")
-@_output
+@output
 def info(as_json: bool, quiet: bool, verbose: int, store: str) -> None:
     """What STORE holds: data set, views, teachers, taps, measured errors, bytes."""
-    _prepare(quiet, verbose)
+    prepare(quiet, verbose)
     from hdcache.info import describe_store, format_store
     from hdcache.store import Store
 
     facts = describe_store(Store.open(store))
-    _print(facts, format_store(facts), as_json)
+    print_result(facts, format_store(facts), as_json)
 
 
 @cli.command()
 @click.argument("store")
 @click.option("--quick", is_flag=True, help="Sizes only, no checksums.")
-@_output
+@output
 def verify(as_json: bool, quiet: bool, verbose: int, store: str, quick: bool) -> None:
     """Check every object of STORE against its manifest; exit 5 and the list of damaged objects otherwise."""
-    _prepare(quiet, verbose)
+    prepare(quiet, verbose)
     from dataclasses import asdict
 
     from hdcache.errors import StoreCorrupt
@@ -233,53 +241,54 @@ def verify(as_json: bool, quiet: bool, verbose: int, store: str, quick: bool) ->
     ]
     lines += [f"not sealed yet: {key}" for key in found.unsealed]
     lines += [f"not part of the store: {key}" for key in found.unlisted]
-    _print(asdict(found) | {"good": found.good}, "\n".join([*lines, *found.faults]), as_json)
+    print_result(asdict(found) | {"good": found.good}, "\n".join([*lines, *found.faults]), as_json)
     if not found.good:
         raise StoreCorrupt(
             f"{store}: {len(found.faults)} damaged objects, listed above; copy the store again, or extract to a new one"
         )
 
 
-@cli.group()
-def recipes() -> None:
-    """Published settings, ready to run."""
+@cli.group(invoke_without_command=True)
+@output
+@click.pass_context
+def recipes(context: click.Context, as_json: bool, quiet: bool, verbose: int) -> None:
+    """Published settings, ready to run; without a further word, their list."""
+    if context.invoked_subcommand is None:
+        context.invoke(recipes_list, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
 @recipes.command("list")
-@_output
+@output
 def recipes_list(as_json: bool, quiet: bool, verbose: int) -> None:
-    """Names and one line each."""
-    _prepare(quiet, verbose)
-    from hdcache.distill.recipes import RECIPES
+    """One line each: name, method, student, what it is for, teacher."""
+    prepare(quiet, verbose)
+    from hdcache.distill.recipes import format_list, list_recipes
 
-    lines = {name: (make.__doc__ or "").splitlines()[0] for name, make in RECIPES.items()}
-    _print(lines, "\n".join(f"{name:<22}{line}" for name, line in lines.items()), as_json)
+    print_result(list_recipes(), format_list(), as_json)
 
 
 @recipes.command("show")
 @click.argument("name")
 @click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field first.")
-@_output
+@output
 def recipes_show(as_json: bool, quiet: bool, verbose: int, name: str, changes: Sequence[str]) -> None:
-    """Every field of recipe NAME with its value, meaning and source; --json gives a file that 'distill' takes."""
-    _prepare(quiet, verbose)
-    from hdcache.distill.recipes import RECIPES, get_recipe, show
+    """Every field of recipe NAME with its value, source and meaning; --json gives a file that 'distill' takes."""
+    prepare(quiet, verbose)
+    from hdcache.distill.recipes import format_recipe, get_recipe
 
-    recipe = get_recipe(name, _pairs(changes, "--set"))
-    about = (RECIPES[name].__doc__ or "").strip()
-    rows = "\n".join(f"{path:<32}{value:<24}{meaning}" for path, value, meaning in show(recipe))
-    _print(recipe.model_dump(mode="json"), f"{about}\n\n{rows}", as_json)
+    chosen = pairs(changes, "--set")
+    print_result(get_recipe(name, chosen).model_dump(mode="json"), format_recipe(name, chosen), as_json)
 
 
 @cli.command()
-@_output
+@output
 def doctor(as_json: bool, quiet: bool, verbose: int) -> None:
     """Check this installation: versions, device, reader, codecs, cores, memory and disk."""
-    _prepare(quiet, verbose)
+    prepare(quiet, verbose)
     from hdcache.doctor import examine, format_findings
 
     findings = examine()
-    _print(findings, format_findings(findings), as_json)
+    print_result(findings, format_findings(findings), as_json)
     if not findings["good"]:
         sys.exit(1)
 
@@ -288,14 +297,14 @@ def doctor(as_json: bool, quiet: bool, verbose: int) -> None:
 @click.option(
     "--out", default="hdcache-quickstart", show_default=True, help="Folder for data, store, students and results."
 )
-@_output
+@output
 def quickstart(as_json: bool, quiet: bool, verbose: int, out: str) -> None:
     """The whole way on real images in a few minutes: train two small teachers, extract, distill, score."""
-    _prepare(quiet, verbose)
+    prepare(quiet, verbose)
     from hdcache.quickstart import format_result, run_quickstart
 
     result = run_quickstart(Path(out), quiet=quiet)
-    _print(result, format_result(result), as_json)
+    print_result(result, format_result(result), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from hdcache.dataset_specs import Spec
 from hdcache.errors import InputNotFound, UnreadableImage, UsageError
 from hdcache.pixels import Source
-from hdcache.schema import DatasetCard, canonical_json
+from hdcache.records import canonical_json
+from hdcache.schema import DatasetCard
 
 
 class Row(NamedTuple):

@@ -11,14 +11,16 @@ from urllib.parse import unquote
 
 from hdcache.errors import InputNotFound, UsageError, nearest
 
-Kind = Literal["folder", "tar", "hf", "torchvision", "npz"]
+Kind = Literal["folder", "tar", "hf", "torchvision", "npz", "video"]
 KINDS: dict[str, Kind] = {
-    "folder": "folder", "tar": "tar", "wds": "tar", "npz": "npz", "hf": "hf", "torchvision": "torchvision"
+    "folder": "folder", "tar": "tar", "wds": "tar", "npz": "npz", "hf": "hf", "torchvision": "torchvision",
+    "video": "video",
 }  # fmt: skip
 OPTIONS: dict[Kind, tuple[str, ...]] = {
     "folder": (),
     "tar": (),
     "npz": ("images", "labels", "ids"),
+    "video": (),
     "hf": ("split", "image", "label", "id", "revision", "config"),
 }
 
@@ -46,7 +48,7 @@ def parse(text: str) -> Spec:
         path = unquote(path)
         if not path:
             raise UsageError(f"{text!r} names no data set; write {prefix}:PATH")
-        if kind in ("folder", "tar", "npz") or (kind == "hf" and (path[0] in "/.~" or os.path.exists(path))):
+        if kind in ("folder", "tar", "npz", "video") or (kind == "hf" and (path[0] in "/.~" or os.path.exists(path))):
             path = absolute(path)
         return Spec(text, kind, path, _options(text, kind, query))
     if re.match(r"[A-Za-z][A-Za-z0-9+-]+:", text) and not os.path.exists(text):

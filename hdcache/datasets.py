@@ -2,6 +2,7 @@
 
 ====================================================  ==================================================
 ``/path`` or ``folder:/path``                         image folder, class = first-level directory
+``video:/path``                                       folder of videos, class = first-level directory
 ``/path/s-{000..007}.tar``, ``tar:...``, ``wds:...``  WebDataset shards (braces and globs)
 ``/path/x.npz`` or ``npz:/path/x.npz?images=&...``    uint8 arrays
 ``hf:owner/name?split=train&image=&label=&...``       Hugging Face data set, by name or local path
@@ -30,9 +31,18 @@ from hdcache.dataset_rows import Row, assemble, nfc
 from hdcache.dataset_specs import Spec, parse
 from hdcache.errors import InputNotFound, UnreadableImage, UsageError, nearest
 from hdcache.hub_datasets import hugging_face, torchvision
-from hdcache.listings import EXTENSIONS, checked_label, expand_braces, index_tar, stamp_of, walk
+from hdcache.listings import (
+    EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    checked_label,
+    expand_braces,
+    index_tar,
+    stamp_of,
+    walk,
+)
 from hdcache.pixels import Source, decode, digest
 from hdcache.schema import DatasetCard
+from hdcache.video import require_pyav
 
 __all__ = ["Dataset", "Source", "decode", "digest", "open_dataset"]
 
@@ -79,7 +89,7 @@ def open_dataset(spec: str, *, classes: Sequence[str] | None = None, cache: Path
     if classes is not None and len(set(classes)) != len(classes):
         raise UsageError(f"{spec}: classes= names a class twice; give each class once")
     listings = (cache or Path(os.environ.get("HDCACHE_CACHE") or Path.home() / ".cache" / "hdcache")) / "listings"
-    if parsed.kind == "folder":
+    if parsed.kind in ("folder", "video"):
         return _folder(parsed, classes, listings)
     if parsed.kind == "tar":
         return _tar(parsed, classes, listings)
@@ -94,20 +104,27 @@ def open_dataset(spec: str, *, classes: Sequence[str] | None = None, cache: Path
 def _folder(spec: Spec, classes: Sequence[str] | None, listings: Path) -> Dataset:
     if not os.path.isdir(spec.path):
         raise InputNotFound(f"{spec.text!r}: no such directory ({spec.path}); check the path")
-    images = walk(spec.path, listings)
-    if not images:
+    what, other = ("videos", "images") if spec.kind == "video" else ("images", "videos")
+    extensions = {"images": EXTENSIONS, "videos": VIDEO_EXTENSIONS}
+    files = walk(spec.path, listings, extensions[what])
+    if not files:
+        if walk(spec.path, listings, extensions[other]):
+            prefix = {"images": "folder", "videos": "video"}[other]
+            raise UsageError(f"{spec.text!r}: no {what} but {other} in {spec.path}; write {prefix}:{spec.path}")
         raise InputNotFound(
-            f"{spec.text!r}: no images (.{' .'.join(EXTENSIONS)}) in or below {spec.path};"
+            f"{spec.text!r}: no {what} (.{' .'.join(extensions[what])}) in or below {spec.path};"
             " check the path, or write tar: or npz: before it"
         )
-    loose = next((path for path in images if "/" not in path), None)
-    nested = next((path for path in images if "/" in path), None)
+    if what == "videos":
+        require_pyav()
+    loose = next((path for path in files if "/" not in path), None)
+    nested = next((path for path in files if "/" in path), None)
     if loose and nested:
         raise UsageError(
-            f"{spec.text!r}: images lie both in the root ({loose}) and in class directories ({nested});"
+            f"{spec.text!r}: {what} lie both in the root ({loose}) and in class directories ({nested});"
             " move the former into a directory of their own"
         )
-    rows = [Row(path, nfc(path.split("/", 1)[0]) if nested else None, "", path) for path in images]
+    rows = [Row(path, nfc(path.split("/", 1)[0]) if nested else None, "", path) for path in files]
     return assemble(spec, rows, lambda place: Path(spec.path, place).read_bytes(), classes)
 
 

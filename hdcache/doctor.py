@@ -32,7 +32,7 @@ NEEDED = (
     "click",
     "safetensors",
 )
-OPTIONAL = {"datasets": "hf", "scikit-learn": "quickstart", "tensorboard": "tensorboard"}
+OPTIONAL = {"datasets": "hf", "scikit-learn": "quickstart", "tensorboard": "tensorboard", "av": "video"}
 
 
 def examine() -> dict[str, Any]:

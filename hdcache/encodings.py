@@ -7,11 +7,12 @@ int8    one scale and offset per channel
 klt     centre, rotate by the eigenvectors of the patch tokens' covariance (Karhunen-Loeve transform), round
         with ONE step for all components (reverse water-filling), channel-major so that the codec sees runs
 sqrt8   relations only: round(255 sqrt(probability)) as uint8
+topk    logits only: the k largest log-probabilities in half precision, and their classes
 ======  =====================================================================================================
 
 Byte layout of a row: token taps have ``codes`` int8 [K - W, N] and ``wide`` int16 [W, N] (klt), ``codes`` int8
 [D, N] (int8), or ``values`` [N, D] (floats), and ``prefix`` [P, D] apart; vectors ``values`` [D]; relations
-``values`` [H, T, T]. bf16 is stored as uint16 bits because Zarr's core has no such type.
+``values`` [H, T, T]; soft labels ``values`` and ``classes`` [k]. bf16 is stored as uint16 bits because Zarr's core has no such type.
 
 Legend: R rows, P prefix tokens, N patch tokens, D width, K kept components, W leading components that need int16.
 """
@@ -29,55 +30,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hdcache.errors import UsageError, nearest
+from hdcache.errors import UsageError
 from hdcache.plain_encodings import Parts as Parts
 from hdcache.plain_encodings import bits, decode_plain, encode_plain, to_half
 from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
-from hdcache.taps import Tokens, parse_tap
+from hdcache.soft_labels import (
+    DEFAULT_TOP_K,
+    decode_soft_labels,
+    divergence,
+    encode_soft_labels,
+    probabilities,
+    soft_label_arrays,
+)
+from hdcache.tap_requests import request as request
+from hdcache.taps import Tokens
 
-TOKEN_ENCODINGS = ("fp32", "fp16", "bf16", "int8", "klt")
-RELATION_ENCODINGS = ("fp32", "fp16", "sqrt8")
-VECTOR_ENCODINGS = ("fp32", "fp16", "bf16")
 # A component is stored as int16 when calibration comes within a factor two of int8's range.
 NARROW_LIMIT, WIDE_LIMIT, MARGIN = 127, 32767, 63
 FIT_TOKENS = 65536
 TOKENS_PER_CHANNEL = 20
 # Rows that are measured, and compressed, together.
 CODEC_ROWS = 8
-
-
-def request(tap: str, encoding: str | None, fidelity: float | None) -> TapRequest:
-    """The encoding of a tap that ``--encoding`` / ``--fidelity`` ask for, adapted to what the tap is.
-
-    Token taps take any of fp32, fp16, bf16, int8, klt; relations fall back to sqrt8 and vectors to fp16 where
-    the asked encoding has no meaning for them.
-
-    Raises
-    ------
-    UsageError
-        for an unknown encoding, a fidelity outside (0, 1), or a fidelity for an encoding without one.
-    """
-    parsed = parse_tap(tap)
-    if encoding is not None and encoding not in {*TOKEN_ENCODINGS, *RELATION_ENCODINGS}:
-        raise UsageError(f"unknown encoding {encoding!r}; {nearest(encoding, {*TOKEN_ENCODINGS, *RELATION_ENCODINGS})}")
-    if fidelity is not None and not 0 < fidelity < 1:
-        raise UsageError(f"fidelity {fidelity} must lie between 0 and 1: the relative RMSE to allow, 0.05 is 5 %")
-    if fidelity is not None and encoding not in (None, "klt"):
-        raise UsageError(f"fidelity belongs to the klt encoding; {encoding} has a fixed error: drop one of the two")
-    kind: Any = encoding or "klt"
-    if parsed.what == "rel":
-        return TapRequest(tap=tap, encoding=kind if kind in RELATION_ENCODINGS else "sqrt8")
-    if not parsed.is_tokens:
-        return TapRequest(tap=tap, encoding=kind if kind in VECTOR_ENCODINGS else "fp16")
-    if kind == "sqrt8":
-        raise UsageError(
-            f"encoding sqrt8 is for relation matrices, {tap} is a token tap; use klt, int8 or a float type"
-        )
-    return TapRequest(
-        tap=tap,
-        encoding=kind,
-        fidelity=(0.05 if fidelity is None else fidelity) if kind == "klt" else None,
-    )
 
 
 @dataclass(frozen=True)
@@ -93,6 +66,9 @@ class Encoder:
     def encode(self, value: Tokens | Tensor) -> tuple[Parts, int]:
         """Stored arrays of R rows, each [R, ...], and how many values were clipped to their integer range."""
         card = self.card
+        if card.encoding == "topk":
+            assert isinstance(value, Tensor)  # noqa: S101  # programmer invariant: logits are a vector
+            return encode_soft_labels(value, card.arrays["values"].shape[0])
         if isinstance(value, Tensor):
             return encode_plain(value, card.encoding)
         prefix, lost = to_half(value.prefix) if card.encoding not in ("fp32", "bf16") else (value.prefix, 0)
@@ -129,6 +105,8 @@ class Encoder:
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
         """Rows of stored arrays (on any device) back to ``dtype``; the inverse of :meth:`encode` up to its stated error."""
         card = self.card
+        if card.encoding == "topk":
+            return decode_soft_labels(parts["values"], parts["classes"], card.channels, dtype)
         if card.prefix_tokens == 0 and card.tokens == 0:
             return decode_plain(parts["values"], card.encoding, dtype)
         if card.encoding in ("klt", "int8"):
@@ -173,8 +151,11 @@ def fit(asked: TapRequest, calibration: Tokens | Tensor, heldout: Tokens | Tenso
     """
     kind = asked.encoding
     if isinstance(calibration, Tensor):
-        dtype: Any = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "sqrt8": "uint8"}[kind]
-        arrays = {"values": ArrayCard(shape=tuple(calibration.shape[1:]), dtype=dtype)}
+        if kind == "topk":
+            arrays = soft_label_arrays(int(calibration.shape[-1]), asked.top_k or DEFAULT_TOP_K)
+        else:
+            dtype: Any = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "sqrt8": "uint8"}[kind]
+            arrays = {"values": ArrayCard(shape=tuple(calibration.shape[1:]), dtype=dtype)}
         shape = (0, int(calibration.shape[-1]), 0)
         constants: dict[str, NDArray[np.generic]] = {}
     else:
@@ -283,23 +264,29 @@ def _find_step(z: NDArray[np.float64], fidelity: float) -> float:
 
 
 def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | int]:
-    """Errors over all tokens of ``heldout``, a few rows at a time: relation matrices are large in float64."""
+    """Errors over all tokens of ``heldout``, a few rows at a time: relation matrices are large in float64.
+
+    Soft labels are compared as distributions: their logits may differ by any constant.
+    """
+    soft = encoder.card.encoding == "topk"
+    vectors = probabilities if soft else _vectors
     whole = heldout if isinstance(heldout, Tensor) else heldout.patches
     runs = [slice(start, start + CODEC_ROWS) for start in range(0, len(whole), CODEC_ROWS)]
     total = torch.zeros(whole.shape[-1], dtype=torch.float64)
     for run in runs:
-        total += _vectors(whole[run]).sum(dim=0)
+        total += vectors(whole[run]).sum(dim=0)
     mean = total * whole.shape[-1] / max(1, whole.numel())
-    spread = error = 0.0
+    spread = error = kl = 0.0
     saturated = stored = 0
     cosines = []
     for run in runs:
         part = heldout[run] if isinstance(heldout, Tensor) else Tokens(heldout.prefix[run], heldout.patches[run])
         codes, clipped = encoder.encode(part)
         rebuilt = encoder.decode({name: torch.from_numpy(np.array(value)) for name, value in codes.items()})
-        exact, copy = _vectors(whole[run]), _vectors(rebuilt if isinstance(rebuilt, Tensor) else rebuilt.patches)
+        exact, copy = vectors(whole[run]), vectors(rebuilt if isinstance(rebuilt, Tensor) else rebuilt.patches)
         spread += float(((exact - mean) ** 2).sum())
         error += float(((exact - copy) ** 2).sum())
+        kl += float(divergence(exact, copy).sum()) if soft else 0.0
         saturated += clipped
         stored += sum(_compressed(name, value) for name, value in codes.items() if name != "prefix")
         lengths = exact.norm(dim=-1)
@@ -312,7 +299,7 @@ def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | in
         "cosine_min": float(cosine.min()) if len(cosine) else 1.0,
         "bits_per_value": 8 * stored / whole.numel(),
         "saturated": saturated,
-    }
+    } | ({"kl": kl / len(whole)} if soft else {})
 
 
 def _vectors(value: Tensor) -> Tensor:

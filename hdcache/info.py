@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hdcache.integrity import teacher_ledger
+from hdcache.masks import mask_facts, mask_text
 from hdcache.progress import size
 from hdcache.schema import TapCard, TeacherRecord
 from hdcache.store import Store, is_view
@@ -30,14 +31,15 @@ def describe_store(store: Store) -> dict[str, Any]:
 def _teacher(store: Store, name: str) -> dict[str, Any]:
     record = store.teacher(name)
     views = {}
-    stored: dict[str, int] = dict.fromkeys(record.taps, 0)
+    # A masked teacher's rows begin with which tokens it saw.
+    stored: dict[str, int] = dict.fromkeys([*record.taps, "mask"], 0)
     sealed_rows = 0
     for view in store.views(name):
         manifest = teacher_ledger(store, name, view).manifest()
         views[str(view)] = {"manifest": manifest.digest(), "rows": manifest.rows, "failed": len(manifest.failed)}
         sealed_rows += manifest.rows
         for key, entry in manifest.objects.items():
-            for tap in record.taps:
+            for tap in stored:
                 if f"/views/{view}/{tap}/" in key:
                     stored[tap] += entry.size
     folders = (path.name for path in (store.teacher_path(name) / "views").glob("*"))
@@ -47,6 +49,7 @@ def _teacher(store: Store, name: str) -> dict[str, Any]:
         "card": record.card.model_dump(mode="json"),
         "source": record.source,
         "licence": record.licence,
+        "mask": mask_facts(record.card),
         "sealed_views": views,
         "unsealed_views": unsealed,
         "bytes": sum(stored.values()),
@@ -55,10 +58,7 @@ def _teacher(store: Store, name: str) -> dict[str, Any]:
 
 
 def _tap(record: TeacherRecord, card: TapCard, stored: int, rows: int) -> dict[str, Any]:
-    if card.tokens:
-        values = (card.tokens + card.prefix_tokens) * card.channels
-    else:
-        values = int(np.prod(card.arrays["values"].shape))
+    values = (card.tokens + card.prefix_tokens) * card.channels if card.tokens else int(np.prod(card.row))
     half = rows * values * 2
     facts: dict[str, Any] = {
         "encoding": card.encoding,
@@ -83,11 +83,14 @@ def format_store(facts: dict[str, Any]) -> str:
     geometry = {
         "random-resized-crop": f"random resized crops of area {views['scale'][0]:g} to {views['scale'][1]:g}",
         "center-crop": f"centre crops of {views['fraction']:g} of the shorter side",
+        "multi-scale-crop": "crops of 2/3 to all of the shorter side",
         "resize": "whole images",
     }[views["kind"]]
+    if views["frames"] is not None:
+        geometry = f"clips of {views['frames']} frames at stride {views['stride']}, {geometry}"
     lines = [
         f"{facts['path']}  (store format {facts['format']})",
-        f"data      {data['count']:,} images, {data['classes']} classes, from {data['spec']}",
+        f"data      {data['count']:,} {'videos' if data['kind'] == 'video' else 'images'}, {data['classes']} classes, from {data['spec']}",
         f"views     {geometry}, flip {views['flip']:g}, seed {views['seed']}",
     ]
     for name, teacher in facts["teachers"].items():
@@ -100,6 +103,7 @@ def format_store(facts: dict[str, Any]) -> str:
             "",
             f"teacher   {name}: {card['architecture']} at {card['preprocessing']['size']} px, {card['grid'][0]}x{card['grid'][1]} patch "
             f"+ {card['prefix_tokens']} prefix tokens, width {card['width']}, {card['heads']} heads, {card['precision']}",
+            *([f"          {mask_text(teacher['mask'])}"] if teacher["mask"] else []),
             f"          from {teacher['source']}, licence {teacher['licence']}, id {teacher['identity'][:16]}",
             f"          sealed views: {seals or 'none'}"
             + (f"; not complete: {teacher['unsealed_views']}" if teacher["unsealed_views"] else ""),
@@ -122,7 +126,7 @@ def format_store(facts: dict[str, Any]) -> str:
                     f"{entry['smaller_than_relation_matrices_fp16']:g}x smaller than fp16 matrices"
                 )
             if seal["kl"] is not None:
-                lines.append(f"          {'':<18}KL from the exact matrices {seal['kl']:.5f}")
+                lines.append(f"          {'':<18}KL from the exact distributions {seal['kl']:.5f} nats")
     if not facts["teachers"]:
         lines.append(f"no teacher yet; 'hdcache extract --store {facts['path']} --teacher NAME=SPEC' adds one")
     return "\n".join(lines)

@@ -233,6 +233,8 @@ def _check_ledger(store: Store, ledger: Ledger, result: Verification) -> dict[st
             pass  # already a fault of the teacher
     if manifest.rows != store.card.dataset.count:
         result.faults.append(f"{where}: {manifest.rows} rows, the store has {store.card.dataset.count} samples")
+    for key in sorted(_resting(store, ledger, teacher) - manifest.objects.keys()):
+        result.faults.append(f"{where}: does not list {key}")
     for key, value in total.objects.items():
         if manifest.objects.get(key) != value:
             result.faults.append(f"{ledger.key}/{RECEIPTS}: the receipt of {key} differs from the manifest")
@@ -240,6 +242,19 @@ def _check_ledger(store: Store, ledger: Ledger, result: Verification) -> dict[st
     if whole and (manifest.failed, manifest.saturated) != (total.failed, total.saturated):
         result.faults.append(f"{where}: failed rows or saturated values differ from the receipts")
     return {**total.objects, **manifest.objects}
+
+
+def _resting(store: Store, ledger: Ledger, teacher: str) -> set[str]:
+    """Keys of all that a seal rests on beside its shards: records, the arrays' metadata, a teacher's constants."""
+    keys = {path.relative_to(store.path).as_posix() for path in ledger.folder.rglob("zarr.json")}
+    try:
+        return (
+            keys
+            | ledger._records(teacher).keys()
+            | ({f"teachers/{teacher}/{key}" for key in store.teacher(teacher).objects} if teacher else set())
+        )
+    except HdcacheError:
+        return keys  # the record is a fault already
 
 
 def _receipts(ledger: Ledger, result: Verification) -> list[Receipt]:

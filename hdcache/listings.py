@@ -16,7 +16,7 @@ import re
 import tarfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
+VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "avi", "mov", "m4v")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # Coarsest timestamp of a file system in use (FAT).
 SETTLED_NS = 2_000_000_000
@@ -86,13 +87,18 @@ def _listing(listings: Path, real: str) -> Path:
     return listings / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
 
 
-def walk(folder_path: str, listings: Path) -> list[str]:
-    """The relative path of every image; only directories that changed since the last listing are read."""
+def walk(folder_path: str, listings: Path, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+    """The relative path of every file with one of ``extensions`` (images by default).
+
+    Only directories that changed since the last listing are read.
+    """
     root = os.path.realpath(folder_path)
-    store = _listing(listings, root)
+    suffixes = tuple(f".{extension}" for extension in extensions)
+    # No path holds a zero byte, so the listings of images and of videos in one folder stay apart.
+    store = _listing(listings, root if suffixes == SUFFIXES else "\0".join((root, *suffixes)))
     known = _load(store, DIRECTORIES) or {}
     keep: dict[str, tuple[int, list[Entry]]] = {}
-    images: list[str] = []
+    files: list[str] = []
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         folder, ancestors = pending.pop()
@@ -105,7 +111,7 @@ def walk(folder_path: str, listings: Path) -> list[str]:
                 continue
             entries = known.get(folder)
             if entries is None or entries[0] != info.st_mtime_ns:
-                entries = (info.st_mtime_ns, _scan(path))
+                entries = (info.st_mtime_ns, _scan(path, suffixes))
         except OSError as error:
             raise InputNotFound(f"cannot list {path}: {error.strerror}; check its permissions") from None
         if _settled(info.st_mtime_ns, now):
@@ -115,14 +121,14 @@ def walk(folder_path: str, listings: Path) -> list[str]:
             if is_directory:
                 pending.append((prefix + name, (*ancestors, inode)))
             else:
-                images.append(prefix + name)
+                files.append(prefix + name)
     if keep != known:
         _save(store, keep)
-    return images
+    return files
 
 
-def _scan(path: str) -> list[Entry]:
-    """Directories and images in ``path``; only links are asked for more than the directory says of them."""
+def _scan(path: str, suffixes: tuple[str, ...]) -> list[Entry]:
+    """Directories and files of the wanted kind in ``path``; only links are asked for more than the directory says of them."""
     entries: list[Entry] = []
     with os.scandir(path) as found:
         for entry in found:
@@ -130,7 +136,7 @@ def _scan(path: str) -> list[Entry]:
                 continue
             if entry.is_dir():
                 entries.append((entry.name, True))
-            elif is_image(entry.name) and (entry.is_file() or _dangles(entry)):
+            elif entry.name.lower().endswith(suffixes) and (entry.is_file() or _dangles(entry)):
                 entries.append((entry.name, False))
     return entries
 

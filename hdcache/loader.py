@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,52 +19,18 @@ from hdcache.backbones import normalize
 from hdcache.batch import Batch, HostBatch, handed_over
 from hdcache.datasets import Dataset
 from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageError
+from hdcache.options import Options
 from hdcache.order import epoch_order, rank_slice
-from hdcache.photometric import apply_jitter, draw_jitter
-from hdcache.reader import TeacherReader, read_geometry
+from hdcache.photometric import apply_photometric, draw_photometric
+from hdcache.reader import MASK_ARRAY, TeacherReader, read_geometry
+from hdcache.rendering import Pixels, Rendering, input_shape
 from hdcache.resources import memory_budget
-from hdcache.samples import Recorded, open_sample
-from hdcache.schema import Preprocessing, ViewSpec
+from hdcache.samples import Recorded
+from hdcache.schema import ViewSpec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.target_sources import RUN_ROWS, LiveTargets, Runs, StoredTargets
-from hdcache.views import row_order
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a loader yields and in which order; the order depends on nothing else."""
-
-    batch_size: int
-    """Rows of a global batch, over all ranks."""
-    preprocessing: Preprocessing
-    """The student's input."""
-    seed: int = 0
-    buffer_rows: int = 1024
-    jitter: tuple[float, float, float] | None = None
-    """Half ranges of brightness, contrast and saturation factors."""
-    pieces: int = 1
-    """Pieces that a batch is yielded in; only one of them is decoded on the device at a time."""
-    drop_last: bool = False
-    rank: int = 0
-    world: int = 1
-    threads: int = 2
-    prefetch: int = 3
-    """Batches in preparation at a time."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    """What codes are decoded to."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "world", "threads", "prefetch", "buffer_rows"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.rank < self.world:
-            raise UsageError(
-                f"rank {self.rank} must lie between 0 and {self.world - 1}: the processes are {self.world}"
-            )
-        if self.batch_size < self.world:
-            raise UsageError(f"batch size {self.batch_size} is smaller than the {self.world} processes that share it")
+from hdcache.views import check_input, check_views, row_order
 
 
 class Loader:
@@ -98,7 +63,12 @@ class Loader:
     ) -> None:
         self.dataset, self.options, self.spec, self.store = dataset, options, views, store
         self.stored, self.live = list(stored), list(live)
-        self._inputs = [options.preprocessing, *(target.teacher.card.preprocessing for target in self.live)]
+        check_views(views, dataset.card)
+        check_input(views, options.preprocessing, "the student")
+        for target in self.live:
+            check_input(views, target.teacher.card.preprocessing, f"teacher {target.name}")
+        inputs = [target.teacher.card.preprocessing for target in self.live]
+        self.rendering = Rendering(dataset, views, options.preprocessing, inputs, options.fresh)
         self.ids = store.ids if store is not None else tuple(dataset.ids)
         self.labels = store.labels if store is not None else dataset.labels
         self.readers = [target.reader for target in self.stored]
@@ -120,7 +90,7 @@ class Loader:
         """Batches to prepare ahead: what was asked for, or as many as fit the byte budget. The order never changes."""
         options = self.options
         stored = sum(target.reader.bytes_per_row(target.derivation.taps) for target in self.stored)
-        images = sum(3 * wanted.size**2 for wanted in self._inputs)
+        images = sum(3 * (wanted.frames or 1) * wanted.size**2 for wanted in self.rendering.inputs)
         local = -(-options.batch_size // options.world)
         budget = memory_budget()
         for prefetch in range(options.prefetch, 0, -1):
@@ -225,9 +195,11 @@ class Loader:
                     while submitted < min(len(shares), number + self._prefetch):
                         rows = shares[submitted]
                         futures = [
-                            decoding.submit(self._open, view, int(row), int(samples[row]), table) for row in rows
+                            decoding.submit(self._open, view, epoch, int(row), int(samples[row]), table) for row in rows
                         ]
-                        pending.append(collating.submit(self._collate, runs, submitted, rows, samples, futures, epoch))
+                        pending.append(
+                            collating.submit(self._collate, runs, submitted, rows, samples, futures, epoch, view)
+                        )
                         submitted += 1
                     began = time.perf_counter()
                     ready = pending.pop(0).result()
@@ -257,21 +229,15 @@ class Loader:
         return table, table[0][:, 0].astype(np.int64)
 
     def _open(
-        self, view: int, row: int, sample: int, table: tuple[NDArray[np.int32], NDArray[np.uint8]] | None
-    ) -> list[NDArray[np.uint8]] | str:
+        self, view: int, epoch: int, row: int, sample: int, table: tuple[NDArray[np.int32], NDArray[np.uint8]] | None
+    ) -> list[Pixels] | str:
         recorded: Recorded | None = None if table is None else (table[0][row], table[1][row].tobytes())
         try:
-            opened = open_sample(self.dataset, self.ids[sample], self.spec, view, recorded)
+            return self.rendering.open(self.ids[sample], view, epoch, recorded)
         except UnreadableImage as error:
             if table is not None:
                 raise StoreMismatch(f"{error}; it could be read when the store was made") from None
             return str(error)
-        rendered: dict[tuple[int, str], NDArray[np.uint8]] = {}
-        for wanted in self._inputs:
-            key = (wanted.size, wanted.interpolation)
-            if key not in rendered:
-                rendered[key] = opened.pixels(wanted)
-        return [rendered[(wanted.size, wanted.interpolation)] for wanted in self._inputs]
 
     def _collate(
         self,
@@ -279,8 +245,9 @@ class Loader:
         number: int,
         rows: NDArray[np.int64],
         samples: NDArray[np.int64],
-        futures: Sequence[Future[list[NDArray[np.uint8]] | str]],
+        futures: Sequence[Future[list[Pixels] | str]],
         epoch: int,
+        view: int,
     ) -> HostBatch:
         opened = [future.result() for future in futures]
         kept = [i for i, found in enumerate(opened) if not isinstance(found, str)]
@@ -292,35 +259,60 @@ class Loader:
         ids = [self.ids[sample] for sample in chosen]
         images = [found for found in opened if not isinstance(found, str)]
         pixels = [
-            np.stack([image[which] for image in images])
-            if images
-            else np.empty((0, 3, wanted.size, wanted.size), np.uint8)
-            for which, wanted in enumerate(self._inputs)
+            np.stack([image[which] for image in images]) if images else np.empty((0, *input_shape(wanted)), np.uint8)
+            for which, wanted in enumerate(self.rendering.inputs)
         ]
-        jitter = None
-        if self.options.jitter is not None:
-            jitter = draw_jitter(self.options.jitter, self.options.seed, ids, epoch)
+        augment = [
+            None if spec is None else draw_photometric(spec, self.options.seed, ids, epoch, slot)
+            for slot, spec in enumerate(self.options.augment)
+        ]
+        gathered = runs.gather(number, rows)
+        seen = {target.name: target.visible(gathered[target.name]) for target in self.stored}
+        seen |= {target.name: target.teacher.visible(ids, view) for target in self.live}
         arrays = {
-            teacher: {name: self._host(value) for name, value in found.items()}
-            for teacher, found in runs.gather(number, rows).items()
+            teacher: {name: self._host(value) for name, value in found.items() if name != MASK_ARRAY}
+            for teacher, found in gathered.items()
         }
-        return HostBatch(ids, self._host(self.labels[chosen]), [self._host(value) for value in pixels], arrays, jitter)
+        return HostBatch(
+            ids,
+            self._host(self.labels[chosen]),
+            [self._host(value) for value in pixels],
+            arrays,
+            augment,
+            {name: self._host(value) for name, value in seen.items() if value is not None},
+        )
 
     def _finish(self, ready: HostBatch, epoch: int, view: int, index: int) -> Batch:
-        student = self._to_device(ready.pixels[0])
+        slots = len(ready.augment)
         targets: dict[str, dict[str, Tokens | Tensor]] = {}
         for target in self.stored:
             arrays = {name: self._to_device(value) for name, value in ready.arrays[target.name].items()}
             targets[target.name] = target.finish(arrays)
-        for live, pixels in zip(self.live, ready.pixels[1:], strict=True):
-            targets[live.name] = live.finish(pixels)
-        if ready.jitter is None:
-            images = normalize(student, self.options.preprocessing)
-        else:
-            jittered = apply_jitter(student.to(torch.float32) / 255, *ready.jitter)
-            images = normalize(jittered, self.options.preprocessing)
-        labels = self._to_device(ready.labels)
-        return Batch(images, ready.ids, labels, targets, epoch, view, index, ready.piece, ready.pieces, ready.share)
+        for live, pixels in zip(self.live, ready.pixels[slots:], strict=True):
+            visible = ready.visible.get(live.name)
+            targets[live.name] = live.finish(pixels, None if visible is None else visible.numpy())
+        images, *more = (self._student_view(ready.pixels[slot], ready.augment[slot], slot) for slot in range(slots))
+        return Batch(
+            images,
+            ready.ids,
+            self._to_device(ready.labels),
+            targets,
+            epoch,
+            view,
+            index,
+            ready.piece,
+            ready.pieces,
+            ready.share,
+            tuple(more),
+            {name: self._to_device(value) for name, value in ready.visible.items()},
+        )
+
+    def _student_view(self, pixels: Tensor, augment: Tensor | None, slot: int) -> Tensor:
+        images = self._to_device(pixels)
+        spec = self.options.augment[slot]
+        if augment is not None and spec is not None:
+            images = apply_photometric(images.to(torch.float32) / 255, augment, spec)
+        return normalize(images, self.options.preprocessing)
 
     def _host(self, value: NDArray[np.generic]) -> Tensor:
         """``value`` as a tensor that can travel to the device while the device computes; pinned on the collating thread."""

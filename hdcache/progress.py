@@ -46,6 +46,10 @@ class Progress:
         self.done += count
         self._skipped += count
 
+    def rest(self, seconds: float) -> None:
+        """Leave ``seconds`` that just passed out of the rate: other work had them."""
+        self._started += seconds
+
     def advance(self, count: int, facts: str = "") -> None:
         """Count ``count`` more units; ``facts`` is shown behind the rate."""
         self.done += count

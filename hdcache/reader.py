@@ -15,12 +15,22 @@ from hdcache.arrays import ArrayReader
 from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.integrity import teacher_ledger, view_ledger
-from hdcache.schema import ArrayCard, Manifest, StoredObject, TeacherRecord, check_key
-from hdcache.store import GEOMETRY_COLUMNS, Store
+from hdcache.masks import unpack_visible, visible_count
+from hdcache.records import check_key
+from hdcache.schema import ArrayCard, Manifest, StoredObject, TeacherCard, TeacherRecord
+from hdcache.store import Store, geometry_columns
 from hdcache.taps import Tokens
+
+MASK_ARRAY = "mask/visible"
+"""Where a masked teacher's rows hold the tokens that it saw, beside its taps."""
 
 Parts = dict[str, NDArray[np.generic]]
 """Opening an array sets zarr's one global configuration for a moment."""
+
+
+def mask_array(card: TeacherCard) -> ArrayCard:
+    """One row of :data:`MASK_ARRAY`: packed bits, one per patch token of a whole input."""
+    return ArrayCard(shape=(-(-card.tokens // 8),), dtype="uint8")
 
 
 class TeacherReader:
@@ -100,7 +110,8 @@ class TeacherReader:
         key = (view, tap, name)
         with self._lock:
             if key not in self._arrays:
-                card = self.record.taps[tap].arrays[name]
+                masked = f"{tap}/{name}" == MASK_ARRAY
+                card = mask_array(self.record.card) if masked else self.record.taps[tap].arrays[name]
                 manifest = self.manifest(view)
                 self._arrays[key] = ArrayReader(
                     self.store.path,
@@ -132,6 +143,26 @@ class TeacherReader:
             raise UsageError(f"rows {start} to {stop}: choose a range inside 0 to {count}")
         return {name: self._array(view, tap, name).rows(start, stop) for name in self.record.taps[tap].arrays}
 
+    def packed_masks(self, view: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """Packed masks of rows ``[start, stop)`` of a masked teacher; :meth:`unpacked` reads them."""
+        return self._array(view, *MASK_ARRAY.split("/")).rows(start, stop).astype(np.uint8, copy=False)
+
+    def unpacked(self, packed: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Ascending indices int64 [R, M] of the patch tokens that a masked teacher saw.
+
+        Raises
+        ------
+        StoreCorrupt
+            when a row's mask does not have as many visible tokens as its taps.
+        """
+        card = self.record.card
+        assert card.mask is not None  # noqa: S101  # programmer invariant
+        count = visible_count(card.mask, card.grid[0] * card.grid[1], card.slots)
+        try:
+            return unpack_visible(packed, card.tokens, count)
+        except ValueError as error:
+            raise StoreCorrupt(f"{self.store.path}: teacher {self.name!r}: {error}; copy the store again") from None
+
     def decode(self, tap: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
         """Decode stored arrays of any number of rows, on the device they are on."""
         return self.encoders[tap].decode(parts, dtype)
@@ -144,26 +175,28 @@ class TeacherReader:
     def bytes_per_row(self, taps: Sequence[str]) -> int:
         """Uncompressed bytes of one row of ``taps`` in a reader's buffer."""
         cards = [card for tap in taps for card in self.record.taps[tap].arrays.values()]
-        return sum(int(np.prod(card.shape)) * np.dtype(card.dtype).itemsize for card in cards)
+        masks = [mask_array(self.record.card)] if self.record.card.mask is not None else []
+        return sum(int(np.prod(card.shape)) * np.dtype(card.dtype).itemsize for card in cards + masks)
 
 
 def read_geometry(store: Store, view: int, pipeline: str | None = None) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """The rows of a view: int32 [rows, 8] with the columns of ``GEOMETRY_COLUMNS``, and sha256 uint8 [rows, 32] of the sources.
+    """The rows of a view: int32 [rows, columns], and sha256 uint8 [rows, 32] of the sources.
 
-    A row whose image could not be read has a source width of 0.
+    The columns are those of :func:`~hdcache.store.geometry_columns`. A row whose image could not be read has a source width of 0.
     """
     ledger = view_ledger(store, view)
     if not ledger.sealed:
         raise InputNotFound(f"{store.path}: view {view} is not complete; run the same 'hdcache extract' command again")
     listed: dict[str, StoredObject] = dict(ledger.manifest().objects)
     count, shard = store.card.dataset.count, store.card.rows_per_shard
-    geometry = ArrayReader(store.path, f"views/{view}/geometry", (count, 8), "int32", listed, shard, pipeline).rows(
-        0, count
-    )
+    columns = geometry_columns(store.card.views)
+    geometry = ArrayReader(
+        store.path, f"views/{view}/geometry", (count, len(columns)), "int32", listed, shard, pipeline
+    ).rows(0, count)
     digests = ArrayReader(
         store.path, f"views/{view}/source_digest", (count, 32), "uint8", listed, shard, pipeline
     ).rows(0, count)
-    samples = geometry[:, GEOMETRY_COLUMNS.index("sample")]
+    samples = geometry[:, columns.index("sample")]
     if not np.array_equal(np.sort(samples), np.arange(count)):
         raise StoreMismatch(f"{store.path}/views/{view}: its rows do not name every sample once")
     return geometry.astype(np.int32), digests.astype(np.uint8)
@@ -178,7 +211,8 @@ def read_shard_geometry(store: Store, view: int, shard: int) -> tuple[NDArray[np
     listed = {f"{ledger.key}/{key}": value for key, value in receipt.objects.items()}
     count, size = store.card.dataset.count, store.card.rows_per_shard
     start, stop = receipt.rows
-    geometry = ArrayReader(store.path, f"{ledger.key}/geometry", (count, 8), "int32", listed, size).rows(start, stop)
+    shape = (count, len(geometry_columns(store.card.views)))
+    geometry = ArrayReader(store.path, f"{ledger.key}/geometry", shape, "int32", listed, size).rows(start, stop)
     digests = ArrayReader(store.path, f"{ledger.key}/source_digest", (count, 32), "uint8", listed, size).rows(
         start, stop
     )

@@ -1,79 +1,16 @@
-"""The records that live on disk: frozen, closed, and with one canonical spelling.
-
-Everything here can be read without torch or zarr. A record that comes from a store is untrusted: unknown
-fields, wrong types and unsafe names are refused while parsing.
-"""
+"""The records that live on disk, one for each thing that a store speaks of."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from hdcache.errors import StoreCorrupt, UsageError
+from hdcache.records import MAX_VALUES, Facts, Record, canonical_json, check_key
 
 FORMAT = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-KEY = re.compile(r"[A-Za-z0-9._@/-]{1,512}")
-# A row beyond this is no feature; it bounds what a hostile record can make a reader allocate.
-MAX_VALUES = 1 << 32
-
-
-class Record(BaseModel):
-    """A frozen record; an unknown field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def canonical(self) -> bytes:
-        """The one JSON spelling of this record: sorted keys, no spaces, UTF-8."""
-        return canonical_json(self.model_dump(mode="json"))
-
-    def digest(self) -> str:
-        """sha256 of :meth:`canonical`, hexadecimal."""
-        return hashlib.sha256(self.canonical()).hexdigest()
-
-    @classmethod
-    def parse(cls, data: object, where: str | Path) -> Self:
-        """Validate ``data`` read from ``where``; :class:`StoreCorrupt` names the first wrong field."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise StoreCorrupt(f"{where}: {first_fault(error)}") from None
-
-
-def canonical_json(value: Any) -> bytes:
-    """Sorted keys, no spaces, UTF-8: equal values have equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def first_fault(error: ValidationError) -> str:
-    """One line for the first fault that pydantic found: field, reason, value."""
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"]) or "record"
-    where = (where if where.isprintable() else ascii(where))[:160]  # keys of a hostile record may hold anything
-    value = repr(fault.get("input"))
-    return f"{where}: {fault['msg']} (found {value[:80]})"
-
-
-def check_name(name: str, what: str) -> str:
-    """``name`` if it may be a folder of a store; :class:`UsageError` otherwise."""
-    if not NAME.fullmatch(name):
-        raise UsageError(
-            f"{what} {name!r} may hold only letters, digits, '.', '_', '-', and start with a letter or digit"
-        )
-    return name
-
-
-def check_key(key: str) -> str:
-    """``key`` if it is a safe relative object key (no absolute path, ``..`` or empty segment)."""
-    if not KEY.fullmatch(key) or any(part in ("", ".", "..") for part in key.split("/")):
-        raise ValueError(f"unsafe object key {key!r}")
-    return key
 
 
 class DatasetCard(Record):
@@ -81,7 +18,7 @@ class DatasetCard(Record):
 
     spec: str = ""
     """Where it is (``folder:/data/train``). Not part of any identity, and kept apart on disk: data may move."""
-    kind: Literal["folder", "tar", "hf", "torchvision", "npz"]
+    kind: Literal["folder", "tar", "hf", "torchvision", "npz", "video"]
     fingerprint: str
     """sha256 over the sorted (id, label name, digest of arrays) of every sample."""
     count: int = Field(ge=1, le=MAX_VALUES)
@@ -92,7 +29,7 @@ class DatasetCard(Record):
 class ViewSpec(Record):
     """How the geometry of a view is drawn from (seed, sample id, view). Sizes belong to each network, not here."""
 
-    kind: Literal["random-resized-crop", "center-crop", "resize"] = "random-resized-crop"
+    kind: Literal["random-resized-crop", "multi-scale-crop", "center-crop", "resize"] = "random-resized-crop"
     scale: tuple[float, float] = (0.2, 1.0)
     """random-resized-crop: range of the box's share of the image area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -101,6 +38,10 @@ class ViewSpec(Record):
     """center-crop: side of the square as a share of the image's shorter side (224 / 256 by default)."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
+    frames: int | None = Field(default=None, ge=1, le=4096)
+    """Frames of a clip, drawn from a video; None: samples are still images."""
+    stride: int = Field(default=1, ge=1, le=4096)
+    """Frames of the video from one frame of the clip to the next."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -123,15 +64,18 @@ class Preprocessing(Record):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
     """Pillow's filter, always antialiased (``nearest`` has none)."""
+    frames: int | None = Field(default=None, ge=1, le=4096)
+    """Frames of a clip; None: the network takes still images."""
 
 
-def _spellable(value: dict[str, Any]) -> dict[str, Any]:
-    canonical_json(value)  # raises ValueError for NaN, infinities and lone surrogates
-    return value
+class MaskSpec(Record):
+    """Which patch tokens a network sees: a function of (seed, sample id, view) (AMD; He et al. 2021)."""
 
-
-Facts = Annotated[dict[str, Any], AfterValidator(_spellable)]
-"""Free JSON: whatever a library calls its settings."""
+    kind: Literal["random", "tube"]
+    """random: any tokens; tube: the same cells of the patch grid in every temporal slot of a clip."""
+    ratio: float = Field(gt=0, lt=1)
+    """Share of the tokens (tube: of the cells) that stay hidden, rounded down to whole ones."""
+    seed: int = Field(default=0, ge=0)
 
 
 class TeacherCard(Record):
@@ -139,7 +83,7 @@ class TeacherCard(Record):
 
     architecture: str
     """timm's name."""
-    arguments: Facts = {}
+    arguments: Facts = Field(default_factory=dict)
     """Keyword arguments of ``timm.create_model`` beyond the name (``img_size``, ``num_heads`` ...)."""
     weights: str
     """sha256 over the names, shapes and fp32 bytes of the backbone's parameters and buffers."""
@@ -147,14 +91,27 @@ class TeacherCard(Record):
     patch_size: int
     grid: tuple[int, int]
     """Rows and columns of patch tokens."""
+    slots: int = Field(default=1, ge=1)
+    """Temporal slots of patch tokens: frames of a clip over the tubelet's length; 1 for still images."""
     prefix_tokens: int
     """Class and register tokens in front of the patch tokens."""
     class_token: bool
     width: int
     depth: int
     heads: int
+    qk_norm: bool = False
+    """Whether attention normalises queries and keys per head."""
+    classes: int = Field(default=0, ge=0)
+    """Outputs of its classifier; 0: it was loaded without one (only the tap logits needs it)."""
+    mask: MaskSpec | None = None
+    """Which tokens it is run on; None: all of them."""
     precision: Literal["fp32", "bf16"]
     """Arithmetic of the forward pass (bf16: autocast)."""
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens of a whole input, seen or not."""
+        return self.slots * self.grid[0] * self.grid[1]
 
 
 class ArrayCard(Record):
@@ -177,7 +134,7 @@ class Certificate(Record):
     calibration_rows: int
     heldout_rows: int
     relative_rmse: float
-    """RMSE over the standard deviation of the centred patch tokens."""
+    """RMSE over the standard deviation of the centred patch tokens (topk: of the probabilities)."""
     cosine_mean: float
     cosine_min: float
     bits_per_value: float
@@ -186,7 +143,7 @@ class Certificate(Record):
     """``attn_in`` taps: mean KL of the rebuilt Q-K relations from the exact ones, nats per row."""
     kl_vv: float | None = None
     kl: float | None = None
-    """Relation taps: mean KL of the stored matrix from the exact one, nats per row."""
+    """Relation taps and soft labels: mean KL of what is stored from the exact distribution, nats per row."""
     saturated: int = 0
     """Held-out values that fell outside the integer range."""
 
@@ -195,7 +152,7 @@ class TapCard(Record):
     """One stored tap: its encoding, shapes and birth certificate."""
 
     tap: str
-    encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8"]
+    encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]
     fidelity: float | None = None
     """Relative RMSE that was asked for (klt)."""
     tokens: int
@@ -203,7 +160,7 @@ class TapCard(Record):
     prefix_tokens: int
     arrays: dict[str, ArrayCard]
     """Per-row arrays, in ``views/K/TAP/``."""
-    constants: dict[str, ArrayCard] = {}
+    constants: dict[str, ArrayCard] = Field(default_factory=dict)
     """Arrays shared by all rows, in ``encodings/TAP/``."""
     certificate: Certificate
 
@@ -214,12 +171,22 @@ class TapCard(Record):
         if self.encoding in ("klt", "int8"):
             names = {"codes", "wide"} if self.encoding == "klt" else {"codes"}
             good = bool(rows) and rows.keys() <= names and all(shape[1:] == (self.tokens,) for shape in rows.values())
+        elif self.encoding == "topk":
+            kept = rows.get("values", ())
+            good = rows == {"values": kept, "classes": kept} and len(kept) == 1 and kept[0] <= self.channels
         else:
             good = rows.keys() == {"values"} and (not self.tokens or rows["values"] == (self.tokens, self.channels))
         prefix = self.arrays["prefix"].shape if "prefix" in self.arrays else (0, self.channels)
         if not good or self.constants.keys() != constants or prefix != (self.prefix_tokens, self.channels):
             raise ValueError(f"arrays and constants are not those of a {self.encoding} tap")
         return self
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Shape of a decoded row; of a token tap, of its patch tokens."""
+        if self.tokens:
+            return self.tokens, self.channels
+        return (self.channels,) if self.encoding == "topk" else self.arrays["values"].shape
 
 
 class About(Record):
@@ -229,7 +196,7 @@ class About(Record):
     """Spec of the data set when the store was made."""
     source: str = ""
     """Where a teacher's weights came from."""
-    written_with: dict[str, str] = {}
+    written_with: dict[str, str] = Field(default_factory=dict)
     """Versions of what wrote it (hdcache, zarr, pillow ...)."""
 
 
@@ -237,8 +204,10 @@ class TapRequest(Record):
     """A tap as asked for: the part of a tap's identity that exists before calibration."""
 
     tap: str
-    encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8"]
+    encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]
     fidelity: float | None = None
+    top_k: int | None = Field(default=None, ge=1)
+    """Classes to keep of each row of logits (topk)."""
 
 
 class StoreCard(Record):
@@ -280,11 +249,11 @@ class TeacherRecord(Record):
     dataset: str
     """Fingerprint of the data set."""
     views: ViewSpec
-    weights: dict[Annotated[str, AfterValidator(check_key)], ArrayCard] = {}
+    weights: dict[Annotated[str, AfterValidator(check_key)], ArrayCard] = Field(default_factory=dict)
     """Frozen pieces that derive targets (``block9/qkv_weight`` ...), in ``weights/``."""
-    attention: Facts = {}
+    attention: Facts = Field(default_factory=dict)
     """Per tapped block: heads, and the kind and epsilon of its Q/K norm, if any."""
-    objects: Objects = {}
+    objects: Objects = Field(default_factory=dict)
     """Files of the constants and weights, relative to the teacher's folder."""
     batch: int = Field(ge=1)
     """Images per forward pass; a rerun and ``--online`` use the same, so that results agree to the bit."""
@@ -309,7 +278,7 @@ class Receipt(Record):
     rows: tuple[int, int]
     objects: Objects
     """Relative to the folder that holds ``receipts/``."""
-    failed: dict[int, str] = {}
+    failed: dict[int, str] = Field(default_factory=dict)
     """Row -> reason, for rows whose image could not be read or whose features were not finite."""
     saturated: int = 0
     """Values clipped to their integer range while encoding."""
@@ -326,21 +295,5 @@ class Manifest(Record):
     rows: int
     objects: Objects
     """Relative to the store's root: the view's arrays, the teacher's constants and metadata."""
-    failed: dict[int, str] = {}
+    failed: dict[int, str] = Field(default_factory=dict)
     saturated: int = 0
-
-
-def differences(asked: Any, found: Any, path: str = "") -> list[str]:
-    """Lines ``path: found -> asked`` for every leaf in which two JSON values differ."""
-    if isinstance(asked, dict) and isinstance(found, dict):
-        lines = []
-        for key in sorted({*asked, *found}):
-            lines += differences(asked.get(key), found.get(key), f"{path}.{key}" if path else str(key))
-        return lines
-    if isinstance(asked, list) and isinstance(found, list) and len(asked) == len(found):
-        return [
-            line
-            for i, (a, f) in enumerate(zip(asked, found, strict=True))
-            for line in differences(a, f, f"{path}[{i}]")
-        ]
-    return [] if asked == found else [f"{path}: the store has {found!r}, asked was {asked!r}"]

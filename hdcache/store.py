@@ -9,6 +9,7 @@
     STORE/teachers/NAME/encodings/TAP/...   constants of an encoding (basis, mean, step)
     STORE/teachers/NAME/weights/blockN/...  the frozen pieces that derive targets
     STORE/teachers/NAME/views/K/TAP/...     the stored rows
+    STORE/teachers/NAME/views/K/mask/visible  masked teachers: which patch tokens each row is of
     .../views/K/receipts/N.json, manifest.json
 
 Every array is plain Zarr v3 with core codecs only, so zarr-python, zarrs and tensorstore all open it. No torch here.
@@ -32,10 +33,17 @@ from numpy.typing import NDArray
 from hdcache.arrays import ArrayReader, group_metadata, read_attributes, read_json, write_constant
 from hdcache.durable import durable_write
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
-from hdcache.schema import FORMAT, NAME, About, Receipt, StoreCard, StoredObject, TeacherRecord, check_name
+from hdcache.records import NAME, check_name
+from hdcache.schema import FORMAT, About, Receipt, StoreCard, StoredObject, TeacherRecord, ViewSpec
 
 ABOUT = "about.json"
 GEOMETRY_COLUMNS = ("sample", "left", "top", "width", "height", "flip", "source_width", "source_height")
+"""Columns of a view's geometry, of still images and of clips alike; :func:`geometry_columns` names all."""
+
+
+def geometry_columns(views: ViewSpec) -> tuple[str, ...]:
+    """Columns of the geometry of ``views``; a clip's row ends with the indices of its frames in the video."""
+    return GEOMETRY_COLUMNS + tuple(f"frame_{number}" for number in range(views.frames or 0))
 
 
 def read_about(folder: Path) -> About:

@@ -8,6 +8,9 @@ name                 what it is                                                 
 ``blockN.out``       residual stream after block N (1-based)                                  Tokens, D
 ``blockN.attn_in``   what the block's QKV reads: norm1 of its input                           Tokens, D
 ``blockN.qkv``       queries, keys, values side by side, before any Q/K norm                  Tokens, 3 H K
+``blockN.attn_out``  attention's branch, scaled (layer scale), before it is added                  Tokens, D
+``blockN.mid``       residual stream between attention and MLP                                Tokens, D
+``blockN.mlp_out``   the MLP's branch, scaled, before it is added                             Tokens, D
 ``blockN.rel.XY``    token relations, XY in qk, vv, qq, kk; ``@H`` splits into H heads        [B, H, T, T]
 ``final``            after the last norm                                                      Tokens, D
 ``pooled``           what timm's head pools                                                   [B, D]
@@ -20,7 +23,7 @@ Student and teacher go through the same code, with and without gradient.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +35,15 @@ from hdcache.errors import UsageError
 from hdcache.relations import relation, split_heads
 
 _NAME = re.compile(
-    r"block(?P<block>[1-9][0-9]{0,3})\.(?P<what>out|attn_in|qkv|rel\.(?P<kind>qk|vv|qq|kk)(@(?P<heads>[1-9][0-9]{0,3}))?)"
+    r"block(?P<block>[1-9][0-9]{0,3})\.(?P<what>out|attn_in|qkv|attn_out|mid|mlp_out"
+    r"|rel\.(?P<kind>qk|vv|qq|kk)(@(?P<heads>[1-9][0-9]{0,3}))?)"
 )
-GRAMMAR = "blockN.out, blockN.attn_in, blockN.qkv, blockN.rel.qk|vv|qq|kk[@HEADS], final, pooled, logits"
+GRAMMAR = (
+    "blockN.out, blockN.attn_in, blockN.qkv, blockN.attn_out, blockN.mid, blockN.mlp_out, "
+    "blockN.rel.qk|vv|qq|kk[@HEADS], final, pooled, logits"
+)
+READS_ATTENTION = ("attn_in", "qkv", "rel")
+BRANCHES = ("attn_out", "mid", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class TapName:
     name: str
     block: int
     what: str
-    """out, attn_in, qkv, rel, final, pooled or logits."""
+    """out, attn_in, qkv, attn_out, mid, mlp_out, rel, final, pooled or logits."""
     kind: str = ""
     """qk, vv, qq or kk where ``what`` is rel."""
     heads: int | None = None
@@ -66,7 +75,12 @@ class TapName:
 
     @property
     def is_tokens(self) -> bool:
-        return self.what in ("out", "attn_in", "qkv", "final")
+        return self.what in ("out", "attn_in", "qkv", *BRANCHES, "final")
+
+
+Drop = Callable[[int, Tokens], Tensor | None]
+"""Called after block N (1-based) with its output: int64 [B, K] ascending positions of the patch tokens to go on with,
+or None to keep all."""
 
 
 def parse_tap(name: str, depth: int | None = None) -> TapName:
@@ -101,13 +115,7 @@ def attention_of(model: nn.Module, block: int) -> Attention:
     UsageError
         saying which kind of attention or block cannot be read.
     """
-    num_blocks(model)
-    layer: nn.Module = model.blocks[block - 1]  # type: ignore[index, assignment]  # nn.Module's attributes are untyped
-    if type(layer) is not Block:  # a subclass may do something else
-        raise UsageError(
-            f"block{block} is a {type(layer).__name__}: its attention need not read norm1 of the block's input; "
-            f"tap block{block}.out instead"
-        )
+    layer = _plain_block(model, block)
     if type(layer.attn) is not Attention:
         raise UsageError(
             f"block{block} has {type(layer.attn).__name__}, whose queries and keys need not be those of plain attention "
@@ -116,19 +124,40 @@ def attention_of(model: nn.Module, block: int) -> Attention:
     return layer.attn
 
 
+def check_readable(model: nn.Module, tap: TapName) -> None:
+    """:class:`UsageError` where the inside of a block that ``tap`` names cannot be read."""
+    if tap.what in READS_ATTENTION:
+        attention_of(model, tap.block)
+    elif tap.what in BRANCHES:
+        _plain_block(model, tap.block)
+
+
+def _plain_block(model: nn.Module, block: int) -> Block:
+    num_blocks(model)
+    layer: nn.Module = model.blocks[block - 1]  # type: ignore[index, assignment]  # nn.Module's attributes are untyped
+    if type(layer) is not Block:  # a subclass may do something else
+        raise UsageError(
+            f"block{block} is a {type(layer).__name__}: its attention need not read norm1 of the block's input, nor its "
+            f"branches be added one after the other; tap block{block}.out instead"
+        )
+    return layer
+
+
 def forward_taps(
-    model: nn.Module, images: Tensor, names: Sequence[str], keep: Tensor | None = None
+    model: nn.Module, images: Tensor, names: Sequence[str], keep: Tensor | None = None, drop: Drop | None = None
 ) -> dict[str, Tokens | Tensor]:
     """Run ``model`` on ``images`` and return the named taps; nothing after the last of them is computed.
 
     Parameters
     ----------
     images
-        float [B, 3, H, W], normalised for ``model``.
+        float [B, 3, H, W], or [B, 3, F, H, W] for a network of clips, normalised for ``model``.
     names
         tap names, see the table above.
     keep
         int64 [B, M], ascending indices of the patch tokens to run on (masked encoders); all when None.
+    drop
+        which patch tokens to go on with after each block; a block's own taps still hold those it ran on.
 
     Raises
     ------
@@ -138,8 +167,8 @@ def forward_taps(
     depth = num_blocks(model)
     wanted = [parse_tap(name, depth) for name in names]
     for tap in wanted:
-        if tap.what in ("attn_in", "qkv", "rel"):
-            attention_of(model, tap.block)
+        if tap.block:
+            check_readable(model, tap)
         if tap.what == "logits" and not getattr(model, "num_classes", 0):
             raise UsageError("tap 'logits': the network has no classifier (num_classes is 0)")
     last = max((depth if tap.block == 0 else tap.block for tap in wanted), default=0)
@@ -150,15 +179,22 @@ def forward_taps(
     x_BTD = embed_tokens(model, images, keep)
     for number in range(1, last + 1):
         inside = [tap for tap in wanted if tap.block == number]
-        reads = [tap for tap in inside if tap.what in ("attn_in", "qkv", "rel")]
+        reads = [tap for tap in inside if tap.what in READS_ATTENTION]
         if reads:
             found.update(_attention_taps(model, number, x_BTD, reads, prefix))
+        branches = [tap for tap in inside if tap.what in BRANCHES]
         # The block itself is needed for its own output, for a later block, and for what follows the last block.
-        if number < last or after or any(tap.what == "out" for tap in inside):
+        goes_on = number < last or bool(after) or any(tap.what == "out" for tap in inside)
+        if branches:
+            x_BTD = _branch_taps(_plain_block(model, number), x_BTD, branches, prefix, goes_on, found)
+        elif goes_on:
             x_BTD = model.blocks[number - 1](x_BTD)  # type: ignore[index, operator]  # nn.Module's attributes are untyped
         for tap in inside:
             if tap.what == "out":
                 found[tap.name] = _tokens(x_BTD, prefix)
+        if drop is not None and (number < last or after):
+            kept = drop(number, _tokens(x_BTD, prefix))
+            x_BTD = x_BTD if kept is None else gather_patches(x_BTD, kept, prefix)
     if after:
         x_BTD = model.norm(x_BTD)  # type: ignore[operator]  # nn.Module's attributes are untyped
     for tap in after:
@@ -174,11 +210,16 @@ def embed_tokens(model: nn.Module, images: Tensor, keep: Tensor | None = None) -
     x = model.patch_embed(images)  # type: ignore[operator]  # nn.Module's attributes are untyped
     x = model._pos_embed(x)  # type: ignore[operator]  # nn.Module's attributes are untyped
     if keep is not None:
-        prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]  # nn.Module's attributes are untyped
-        index = (keep + prefix).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        x = torch.cat([x[:, :prefix], x.gather(1, index)], dim=1)
+        x = gather_patches(x, keep, int(model.num_prefix_tokens))  # type: ignore[arg-type]  # nn.Module's attributes are untyped
     x = model.patch_drop(x)  # type: ignore[operator]  # nn.Module's attributes are untyped
     return model.norm_pre(x)  # type: ignore[operator, no-any-return]  # nn.Module's attributes are untyped
+
+
+def gather_patches(x_BTD: Tensor, positions: Tensor, prefix: int) -> Tensor:
+    """The prefix tokens and the patch tokens at ``positions`` int64 [B, M]: [B, P + M, D]."""
+    index = (positions + prefix).unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1])
+    kept = x_BTD.gather(1, index)
+    return torch.cat([x_BTD[:, :prefix], kept], dim=1) if prefix else kept
 
 
 def _tokens(x_BTD: Tensor, prefix: int) -> Tokens:
@@ -202,6 +243,20 @@ def _attention_taps(
             assert qkv is not None  # noqa: S101
             found[tap.name] = relation_of_qkv(attention, qkv, tap.kind, tap.heads)
     return found
+
+
+def _branch_taps(
+    layer: Block, x_BTD: Tensor, taps: Sequence[TapName], prefix: int, goes_on: bool, found: dict[str, Tokens | Tensor]
+) -> Tensor:
+    """timm's ``Block.forward`` one addition at a time, no further than needed: puts ``taps`` into ``found``."""
+    values = {"attn_out": layer.ls1(layer.attn(layer.norm1(x_BTD)))}
+    x_BTD = values["mid"] = x_BTD + layer.drop_path1(values["attn_out"])
+    if goes_on or any(tap.what == "mlp_out" for tap in taps):
+        values["mlp_out"] = layer.ls2(layer.mlp(layer.norm2(x_BTD)))
+    if goes_on:
+        x_BTD = x_BTD + layer.drop_path2(values["mlp_out"])
+    found.update({tap.name: _tokens(values[tap.what], prefix) for tap in taps})
+    return x_BTD
 
 
 def relation_of_qkv(attention: nn.Module, qkv_BTE: Tensor, kind: str, heads: int | None = None) -> Tensor:

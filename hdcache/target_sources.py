@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.errors import UsageError
-from hdcache.reader import TeacherReader
+from hdcache.reader import MASK_ARRAY, TeacherReader, mask_array
 from hdcache.store import Store
 from hdcache.taps import Tokens, parse_tap
 from hdcache.targets import Derivation, derivation, plan_targets, sources
@@ -31,6 +31,7 @@ class StoredTargets:
     def __init__(self, reader: TeacherReader, targets: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
         self.reader, self.name, self.dtype = reader, reader.name, dtype
         record = reader.record
+        self.masked = record.card.mask is not None
         plan = plan_targets(
             targets, list(record.taps), depth=record.card.depth, teacher=self.name, store=str(reader.store.path)
         )
@@ -39,19 +40,29 @@ class StoredTargets:
 
     def read(self, view: int, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
         """Stored arrays of a run of rows, by ``tap/array``."""
-        return {
+        found = {
             f"{tap}/{name}": value
             for tap in self.derivation.taps
             for name, value in self.reader.rows(view, tap, start, stop).items()
         }
+        if self.masked:
+            found[MASK_ARRAY] = self.reader.packed_masks(view, start, stop)
+        return found
 
     def empty(self, rows: int) -> dict[str, NDArray[np.generic]]:
         """Arrays for so many rows, not filled in, named as :meth:`read` names them."""
-        return {
-            f"{tap}/{name}": np.empty((rows, *card.shape), card.dtype)
+        cards = {
+            f"{tap}/{name}": card
             for tap in self.derivation.taps
             for name, card in self.reader.record.taps[tap].arrays.items()
         }
+        if self.masked:
+            cards[MASK_ARRAY] = mask_array(self.reader.record.card)
+        return {key: np.empty((rows, *card.shape), card.dtype) for key, card in cards.items()}
+
+    def visible(self, arrays: Mapping[str, NDArray[np.generic]]) -> NDArray[np.int64] | None:
+        """Ascending indices int64 [R, M] of the patch tokens that the teacher saw; None: all."""
+        return self.reader.unpacked(arrays[MASK_ARRAY].astype(np.uint8, copy=False)) if self.masked else None
 
     def finish(self, arrays: Mapping[str, Tensor]) -> dict[str, Tokens | Tensor]:
         """Targets of a batch from its stored arrays, on the device those are on."""
@@ -79,9 +90,9 @@ class LiveTargets:
         weights = {name: torch.from_numpy(value).to(teacher.device) for name, value in arrays.items()}
         self.derivation: Derivation = derivation(plan, facts, weights)
 
-    def finish(self, pixels: Tensor) -> dict[str, Tokens | Tensor]:
-        """Targets of uint8 pixels [B, 3, size, size] at the teacher's input size."""
-        return self.derivation.derive(self.teacher.forward(pixels, self.derivation.taps))
+    def finish(self, pixels: Tensor, visible: NDArray[np.int64] | None = None) -> dict[str, Tokens | Tensor]:
+        """Targets of uint8 pixels [B, 3, size, size] at the teacher's input size; of the ``visible`` tokens alone."""
+        return self.derivation.derive(self.teacher.forward(pixels, self.derivation.taps, visible))
 
 
 class Runs:

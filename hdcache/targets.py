@@ -143,19 +143,17 @@ def plan_targets(
         naming the ``hdcache extract`` command that would add what is missing.
     """
     plan: dict[str, str] = {}
-    missing: list[str] = []
     for name in targets:
-        options = sources(parse_tap(name, depth))
-        found = next((tap for tap in options if tap in held), None)
-        if found is None:
-            missing.append(options[0])
-        else:
+        found = next((tap for tap in sources(parse_tap(name, depth)) if tap in held), None)
+        if found is not None:
             plan[name] = found
-    if missing:
-        taps = " ".join(f"--tap {tap}" for tap in sorted({*missing}))
+    if len(plan) < len({*targets}):
+        # The other name has to hold all that is read, what is held here included: a recipe's field names one teacher.
+        taps = " ".join(f"--tap {tap}" for tap in sorted({sources(parse_tap(name))[0] for name in targets}))
         raise InputNotFound(
             f"{store}: teacher {teacher!r} holds {', '.join(held)}, which cannot give {', '.join(t for t in targets if t not in plan)}; "
-            f"add it under another name: 'hdcache extract --store {store} --teacher {teacher}-2=MODEL {taps}'"
+            f"add it under another name: 'hdcache extract --store {store} --teacher {teacher}-2=MODEL {taps}', "
+            f"then set the recipe's teacher field to {teacher}-2"
         )
     return plan
 

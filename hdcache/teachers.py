@@ -22,8 +22,10 @@ from torch import Tensor
 
 from hdcache.backbones import Backbone, load_backbone, normalize
 from hdcache.errors import StoreMismatch, UsageError
-from hdcache.schema import TeacherCard, TeacherRecord, check_name, differences
-from hdcache.taps import Tokens, attention_of, forward_taps, num_blocks, parse_tap
+from hdcache.masks import draw_visible, parse_mask, visible_count
+from hdcache.records import check_name, differences
+from hdcache.schema import MaskSpec, TeacherCard, TeacherRecord
+from hdcache.taps import Tokens, attention_of, check_readable, forward_taps, num_blocks, parse_tap
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,26 @@ class Teacher:
     batch: int
     device: torch.device
 
-    def forward(self, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tokens | Tensor]:
+    def visible(self, ids: Sequence[str], view: int) -> NDArray[np.int64] | None:
+        """Ascending indices int64 [R, M] of the patch tokens that this teacher sees of each sample; None: all."""
+        if self.card.mask is None:
+            return None
+        grid = self.card.grid
+        return draw_visible(self.card.mask, ids, view, grid[0] * grid[1], self.card.slots, "teacher mask")
+
+    def forward(
+        self, pixels: Tensor, taps: Sequence[str], visible: NDArray[np.int64] | None = None
+    ) -> dict[str, Tokens | Tensor]:
         """Taps of R images.
 
         Parameters
         ----------
         pixels
-            uint8 [R, 3, size, size] at this teacher's input size.
+            uint8 [R, 3, size, size] at this teacher's input size ([R, 3, frames, size, size] for clips).
         taps
             tap names of :mod:`hdcache.taps`.
+        visible
+            what :meth:`visible` drew for these rows; the taps hold these tokens only.
 
         Returns
         -------
@@ -57,22 +70,25 @@ class Teacher:
             when ``batch`` images are too many for the device's memory.
         """
         try:
-            return self._forward(pixels, taps)
+            return self._forward(pixels, taps, None if visible is None else torch.from_numpy(visible))
         except torch.OutOfMemoryError:
             raise UsageError(
                 f"teacher {self.name}: {self.device} has too little memory for {self.batch} images at a time; "
                 f"give --batch a number lower than {self.batch}"
             ) from None
 
-    def _forward(self, pixels: Tensor, taps: Sequence[str]) -> dict[str, Tokens | Tensor]:
+    def _forward(self, pixels: Tensor, taps: Sequence[str], visible: Tensor | None) -> dict[str, Tokens | Tensor]:
         pieces: list[dict[str, Tokens | Tensor]] = []
         for start in range(0, max(1, len(pixels)), self.batch):
             part = pixels[start : start + self.batch].to(self.device)
+            keep = None if visible is None else visible[start : start + self.batch].to(self.device)
             count = len(part)
             if count < self.batch:
                 part = torch.cat([part, part.new_zeros(self.batch - count, *part.shape[1:])])
+                if keep is not None:
+                    keep = torch.cat([keep, keep.new_zeros(self.batch - count, keep.shape[1])])
             with torch.inference_mode(), self._precision():
-                found = forward_taps(self.backbone.model, normalize(part, self.card.preprocessing), taps)
+                found = forward_taps(self.backbone.model, normalize(part, self.card.preprocessing), taps, keep)
             pieces.append({name: _rows(value, count) for name, value in found.items()})
         return {name: _join([piece[name] for piece in pieces]) for name in taps}
 
@@ -146,13 +162,17 @@ def load_teacher(
     batch: int = 32,
     device: str | torch.device = "cpu",
     taps: Sequence[str] = (),
+    mask: str | MaskSpec | None = None,
+    mask_seed: int = 0,
 ) -> Teacher:
     """Load and freeze the teacher that ``spec`` names (``NAME=SPEC``, or a spec of :mod:`hdcache.backbones`).
+
+    With a ``mask`` (text: :func:`~hdcache.masks.parse_mask`, drawn from ``mask_seed``) it sees a part of each sample.
 
     Raises
     ------
     UsageError
-        for a bad spec, an unsupported network, or a tap it does not have.
+        for a bad spec, an unsupported network, a tap it does not have, or a mask that leaves it nothing.
     InputNotFound
         for missing weights.
     """
@@ -165,16 +185,23 @@ def load_teacher(
     backbone.model.to(where)
     depth = num_blocks(backbone.model)
     for tap in taps:
-        parsed = parse_tap(tap, depth)
-        if parsed.what in ("attn_in", "qkv", "rel"):
-            attention_of(backbone.model, parsed.block)
+        check_readable(backbone.model, parse_tap(tap, depth))
     if "logits" in taps and not getattr(backbone.model, "num_classes", 0):
         raise UsageError(f"teacher {spec}: no classifier, so there are no logits to store; drop the tap 'logits'")
-    return Teacher(name or own, _card(backbone, precision), backbone, batch, where)
+    if isinstance(mask, str):
+        mask = parse_mask(mask, seed=mask_seed, clips=backbone.preprocessing.frames is not None)
+    elif mask is None and mask_seed:
+        raise UsageError(f"teacher mask seed {mask_seed} has no mask to draw; give --teacher-mask too, or leave it out")
+    return Teacher(name or own, card_of(backbone, precision, mask), backbone, batch, where)
 
 
-def _card(backbone: Backbone, precision: str) -> TeacherCard:
+def card_of(backbone: Backbone, precision: str, mask: MaskSpec | None = None) -> TeacherCard:
+    """What decides the outputs of ``backbone``, run in ``precision`` (fp32 or bf16) on the tokens that ``mask`` shows."""
     model: Any = backbone.model
+    slots = int(getattr(model.patch_embed, "slots", 1))
+    if mask is not None:
+        rows, columns = model.patch_embed.grid_size
+        visible_count(mask, rows * columns, slots)
     return TeacherCard(
         architecture=backbone.architecture,
         arguments=backbone.arguments,
@@ -182,12 +209,19 @@ def _card(backbone: Backbone, precision: str) -> TeacherCard:
         preprocessing=backbone.preprocessing,
         patch_size=int(model.patch_embed.patch_size[0]),
         grid=tuple(model.patch_embed.grid_size),
+        slots=slots,
         prefix_tokens=int(model.num_prefix_tokens),
         class_token=bool(model.has_class_token),
         width=int(model.embed_dim),
         depth=len(model.blocks),
         # A block with parallel branches has no ``attn`` of its own.
         heads=next(int(part.num_heads) for part in model.blocks[0].modules() if hasattr(part, "num_heads")),
+        qk_norm=any(
+            not isinstance(getattr(part, "q_norm", None) or torch.nn.Identity(), torch.nn.Identity)
+            for part in model.modules()
+        ),
+        classes=int(getattr(model, "num_classes", 0) or 0),
+        mask=mask,
         precision=precision,  # type: ignore[arg-type]  # nn.Module's attributes are untyped
     )
 
@@ -211,6 +245,7 @@ def reload_teacher(record: TeacherRecord, spec: str | None = None, device: str |
         batch=record.batch,
         device=device,
         taps=list(record.taps),
+        mask=card.mask,
     )
     lines = differences(teacher.card.model_dump(mode="json"), card.model_dump(mode="json"))
     if lines:

@@ -1,8 +1,9 @@
 """Which crop and flip (sample, view) means, and how a network's pixels come out of it.
 
-A view is a box and a flip in the source's own pixels (after EXIF orientation). It is drawn from
-(seed, sample id, view), stored as explicit integers, and replayed by every teacher and student; each
-network then resizes the box to its own input size. Nothing here depends on torch.
+A view is a box and a flip in the source's own pixels (after EXIF orientation), and of a video also the frames
+of a clip, which share that box and flip. It is drawn from (seed, sample id, view), stored as explicit integers,
+and replayed by every teacher and student; each network then resizes the box to its own input size. Nothing here
+depends on torch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from hdcache import draws
-from hdcache.errors import UsageError, nearest
-from hdcache.schema import ViewSpec, first_fault
+from hdcache.errors import UnreadableImage, UsageError, nearest
+from hdcache.records import first_fault
+from hdcache.schema import DatasetCard, Preprocessing, ViewSpec
 
 Box = tuple[int, int, int, int]
 """(left, top, width, height) in source pixels."""
@@ -31,7 +33,19 @@ PRESETS: dict[str, ViewSpec] = {
     "gentle": ViewSpec(scale=(0.6, 1.0)),
     "center": ViewSpec(kind="center-crop", flip=0.0),
     "resize": ViewSpec(kind="resize", flip=0.0),
+    # VideoMAE's and AMD's released pre-training on Kinetics-400; on Something-Something V2 the stride is 2.
+    "videomae": ViewSpec(kind="multi-scale-crop", flip=0.0, frames=16, stride=4),
+    "videomae-ssv2": ViewSpec(kind="multi-scale-crop", flip=0.0, frames=16, stride=2),
+    "clip-center": ViewSpec(kind="center-crop", flip=0.0, frames=16, stride=4),
 }
+
+# VideoMAE's GroupMultiScaleCrop: sides as shares of the shorter side; width and height differ by one step at most.
+SCALES = (1.0, 0.875, 0.75, 0.66)
+PAIRS = tuple((i, j) for i in range(len(SCALES)) for j in range(len(SCALES)) if abs(i - j) <= 1)
+# Its 13 places, in quarters of the room that is left: corners, centre, middles of the sides, and the quarters.
+PLACES = (
+    (0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)
+)  # fmt: skip
 
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -76,7 +90,9 @@ def draw(spec: ViewSpec, sample_id: str, view: int, width: int, height: int) -> 
     """Box and flip of ``view`` of a ``width`` x ``height`` pixel sample: a pure function of its arguments.
 
     ``random-resized-crop`` follows torchvision's rule: up to ten tries of (area, log-uniform ratio), the
-    first box that fits wins, else the largest centred box within the ratio limits.
+    first box that fits wins, else the largest centred box within the ratio limits. ``multi-scale-crop`` follows
+    VideoMAE's and AMD's released code: one of 10 pairs of sides, at one of 13 places; sides close to the network's
+    input are not rounded to it, since several networks of different sizes replay one view.
     """
     numbers = draws.uniform(41, spec.seed, sample_id, view, "view")
     flip = bool(numbers[0] < spec.flip)
@@ -84,6 +100,8 @@ def draw(spec: ViewSpec, sample_id: str, view: int, width: int, height: int) -> 
         return (0, 0, width, height), flip
     if spec.kind == "center-crop":
         return center_box(width, height, spec.fraction), flip
+    if spec.kind == "multi-scale-crop":
+        return _multi_scale_box(width, height, numbers[1], numbers[2]), flip
     low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
     for area_draw, ratio_draw, left_draw, top_draw in numbers[1:].reshape(10, 4).tolist():
         area = width * height * (spec.scale[0] + area_draw * (spec.scale[1] - spec.scale[0]))
@@ -96,6 +114,78 @@ def draw(spec: ViewSpec, sample_id: str, view: int, width: int, height: int) -> 
     box_width = min(width, max(1, round(height * spec.ratio[1])))
     box_height = min(height, max(1, round(width / spec.ratio[0])))
     return ((width - box_width) // 2, (height - box_height) // 2, box_width, box_height), flip
+
+
+def _multi_scale_box(width: int, height: int, pair_draw: float, place_draw: float) -> Box:
+    sides = [max(1, int(min(width, height) * scale)) for scale in SCALES]
+    across, down = PAIRS[int(pair_draw * len(PAIRS))]
+    right, below = PLACES[int(place_draw * len(PLACES))]
+    box_width, box_height = sides[across], sides[down]
+    return right * ((width - box_width) // 4), below * ((height - box_height) // 4), box_width, box_height
+
+
+def draw_frames(spec: ViewSpec, sample_id: str, view: int, count: int) -> tuple[int, ...]:
+    """Indices of the frames of a clip of ``view`` in a video of ``count`` frames: a pure function of its arguments.
+
+    ``frames`` indices ``stride`` apart. The kinds that crop at random start anywhere with equal probability (VideoMAE,
+    whose released code keeps ``stride`` - 1 frames behind the clip as well); ``center-crop`` and ``resize`` take
+    the middle of the video.
+
+    Raises
+    ------
+    UnreadableImage
+        when the video is shorter than the clip.
+    """
+    frames = spec.frames or 1
+    span = (frames - 1) * spec.stride + 1
+    if count < span:
+        stride = (count - 1) // (frames - 1)
+        advice = (
+            f"use a smaller stride (?stride={stride} after the name of the views, --stride {stride} in knn-eval)"
+            if stride
+            else f"use fewer frames (?frames={count} after the name of the views), or leave the video out"
+        )
+        raise UnreadableImage(
+            f"{sample_id}: {count} frames, but a clip of {frames} frames at stride {spec.stride} spans {span}; {advice}"
+        )
+    start = (count - span) // 2
+    if spec.kind in ("random-resized-crop", "multi-scale-crop"):
+        start = int(draws.uniform(1, spec.seed, sample_id, view, "clip start")[0] * (count - span + 1))
+    return tuple(range(start, start + span, spec.stride))
+
+
+def default_views(dataset: DatasetCard) -> str:
+    """The preset for a data set when none is asked for."""
+    return "videomae" if dataset.kind == "video" else "mae"
+
+
+def check_views(spec: ViewSpec, dataset: DatasetCard) -> None:
+    """:class:`UsageError` unless clips are drawn from videos, and single images from images."""
+    if dataset.kind == "video" and spec.frames is None:
+        raise UsageError(
+            f"{dataset.spec} holds videos, but the views ({spec.kind}) are of still images; "
+            "draw clips: --views videomae, or add frames to any views: ?frames=16&stride=4"
+        )
+    if dataset.kind != "video" and spec.frames is not None:
+        raise UsageError(
+            f"{dataset.spec} holds images, but the views are clips of {spec.frames} frames; "
+            "use views of still images such as --views mae, or name a folder of videos: video:PATH"
+        )
+
+
+def check_input(spec: ViewSpec, wanted: Preprocessing, network: str) -> None:
+    """:class:`UsageError` unless ``network`` (as messages call it) takes what the views give: clips or single images."""
+    if wanted.frames == spec.frames:
+        return
+    takes = "still images" if wanted.frames is None else f"clips of {wanted.frames} frames"
+    given = "still images" if spec.frames is None else f"clips of {spec.frames} frames"
+    if wanted.frames is None:
+        advice = "use a network of clips, or a data set of images"
+    elif spec.frames is None:
+        advice = f"name a folder of videos (video:PATH) and --views 'videomae?frames={wanted.frames}'"
+    else:
+        advice = f"use --views 'videomae?frames={wanted.frames}' (views of a store are fixed: extract to a new one)"
+    raise UsageError(f"{network} takes {takes}, but the views are {given}; {advice}")
 
 
 def render(image: Image.Image, box: Box, flip: bool, size: int, interpolation: str = "bicubic") -> NDArray[np.uint8]:
@@ -117,6 +207,11 @@ def render(image: Image.Image, box: Box, flip: bool, size: int, interpolation: s
     if flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(crop)
+
+
+def fresh_view(epoch: int, slot: int, slots: int) -> int:
+    """Number of a view that only a student sees, drawn anew in every epoch; negative, so that no stored view has it."""
+    return -(1 + epoch * slots + slot)
 
 
 def row_order(count: int, seed: int, view: int) -> NDArray[np.int64]:

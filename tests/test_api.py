@@ -13,6 +13,7 @@ from hdcache.api import OpenedStore, open_store
 from hdcache.backbones import create_vit
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.run import extract
+from hdcache.photometric import Photometric
 from hdcache.schema import Preprocessing
 from hdcache.store import Store
 from hdcache.taps import Tokens, forward_taps
@@ -93,8 +94,10 @@ def test_options_reach_the_loader(tiny_store: Path) -> None:
     }
     shown = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     loader = open_store(tiny_store).loader({"t": ["final"]}, batch_size=24, size=SIZE, num_views=1, **options, **shown)
-    for name, value in (options | {"batch_size": 24, "device": torch.device("cpu")}).items():
+    given = {name: value for name, value in options.items() if name != "jitter"}
+    for name, value in (given | {"batch_size": 24, "device": torch.device("cpu")}).items():
         assert getattr(loader.options, name) == value
+    assert loader.options.augment == (Photometric(brightness=0.1, contrast=0.2, saturation=0.3),)
     assert loader.options.preprocessing == Preprocessing(size=SIZE, **shown)
     assert loader.views == [0]
     batch = next(iter(loader))

@@ -140,6 +140,15 @@ def test_a_backbone_is_frozen_and_knows_its_input() -> None:
     assert (found.architecture, found.arguments["img_size"], found.last_trained) == (ARCHITECTURE, 24, "final")
 
 
+def test_frames_make_a_network_of_clips() -> None:
+    found = load_backbone(f"random:{ARCHITECTURE}?{OPTIONS}&frames=6&tubelet=3")
+    assert found.preprocessing == Preprocessing(size=16, frames=6, interpolation="bilinear")
+    assert found.arguments == SMALL | {"frames": 6, "tubelet": 3, "num_classes": 0}
+    assert found.model(torch.zeros(1, 3, 6, 16, 16)).shape == (1, 24)
+    again = load_backbone(f"random:{ARCHITECTURE}?{OPTIONS}&frames=6&tubelet=3")
+    assert found.weights == again.weights
+
+
 # The hub
 
 
@@ -295,6 +304,31 @@ def test_a_student_without_its_weights_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "student.safetensors").unlink()
     with pytest.raises(InputNotFound, match=r"student\.safetensors: no such checkpoint"):
         load_backbone(str(tmp_path))
+
+
+def test_a_student_of_clips_comes_back_through_us(tmp_path: Path) -> None:
+    """config.json names frames and tubelet, also where the default was meant; timm alone refuses both."""
+    made = SMALL | {"frames": 4}
+    model = vit(4, frames=4)
+    shown = Preprocessing(size=16, frames=4, interpolation="bilinear")
+    save_student(tmp_path / "run", model, ARCHITECTURE, made, shown, "final", {})
+    found = load_backbone(str(tmp_path / "run"))
+    clip = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.model(clip), model(clip))
+    assert (found.preprocessing, found.weights) == (shown, weights_digest(model))
+    arguments = json.loads((tmp_path / "run/config.json").read_text())["model_args"]
+    assert arguments == made | {"tubelet": 2}
+    with pytest.raises(TypeError, match="frames"):
+        timm.create_model(ARCHITECTURE, num_classes=0, **arguments)
+
+
+def test_a_student_of_clips_keeps_its_size(tmp_path: Path) -> None:
+    """Its positions count tokens: on another grid the same number would be another place."""
+    save_student(
+        tmp_path / "run", vit(4, frames=4), ARCHITECTURE, SMALL | {"frames": 4}, Preprocessing(size=16), "final", {}
+    )
+    with pytest.raises(UsageError, match=r"wrong shape: pos_embed \(1, 32, 24\) for \(1, 72, 24\)"):
+        load_backbone(str(tmp_path / "run"), img_size=24)
 
 
 # Digest and pixels

@@ -99,9 +99,9 @@ def test_features_leave_the_device_batch_by_batch(
 ) -> None:
     forward, sizes = Teacher.forward, []
 
-    def counted(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens | torch.Tensor]:
+    def counted(self: Teacher, pixels: torch.Tensor, taps: list[str], visible: Any) -> dict[str, Tokens | torch.Tensor]:
         sizes.append(len(pixels))
-        return forward(self, pixels, taps)
+        return forward(self, pixels, taps, visible)
 
     monkeypatch.setattr(Teacher, "forward", counted)
     fit(*opened(tmp_path / "s", make_npz(tmp_path / "d.npz", 20)), teacher, "final", "pooled")
@@ -157,8 +157,8 @@ def test_some_rows_that_are_not_finite_take_no_part(
 ) -> None:
     forward = Teacher.forward
 
-    def holed(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens | torch.Tensor]:
-        found = forward(self, pixels, taps)
+    def holed(self: Teacher, pixels: torch.Tensor, taps: list[str], visible: Any) -> dict[str, Tokens | torch.Tensor]:
+        found = forward(self, pixels, taps, visible)
         value = found["final"]
         assert isinstance(value, Tokens)
         value.patches[::4, 0, 0] = torch.inf

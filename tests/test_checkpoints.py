@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hdcache.backbones import create_vit, load_backbone, weights_digest
-from hdcache.checkpoints import fitted, load_strictly
+from hdcache.checkpoints import fitted, load_strictly, whole_qkv_bias
 from hdcache.errors import InputNotFound, UsageError
+from hdcache.video_vit import sinusoid_positions
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -198,3 +201,155 @@ def test_fitting_changes_nothing() -> None:
     found = fitted(model, state, "w")
     assert weights_digest(model) == before
     assert found.keys() == state.keys()
+
+
+# VideoMAE
+
+
+CLIPS = SMALL | {"frames": 4}
+CLIP_OPTIONS = f"{OPTIONS}&frames=4"
+
+
+def videomae(seed: int, prefix: str = "encoder.") -> dict[str, Tensor]:
+    """Weights under the names of the released code: a Q and a V bias, no K bias, no positions."""
+    noise = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+    for key, value in create_vit(ARCHITECTURE, CLIPS | {"num_classes": 0}, seed=seed).state_dict().items():
+        drawn = torch.randn(value.shape, generator=noise) * 0.2
+        if key.endswith("qkv.bias"):
+            stem = f"{prefix}{key.removesuffix('qkv.bias')}"
+            state |= {f"{stem}q_bias": drawn[:24], f"{stem}v_bias": drawn[-24:]}
+        elif key != "pos_embed":
+            state[f"{prefix}{key}"] = drawn
+    return state
+
+
+def pretraining(seed: int) -> dict[str, Tensor]:
+    """What VideoMAE and AMD train beside the encoder."""
+    spare = ("mask_token", "encoder_to_decoder.weight", "decoder.blocks.0.attn.q_bias", "decoder.head.bias")
+    amd = ("encoder.projection_heads.0.weight", "generators.0.blocks.0.norm1.weight")
+    return videomae(seed) | {name: torch.zeros(3) for name in (*spare, *amd)}
+
+
+def load_clips(path: Path, more: str = "", **keywords: Any) -> Any:
+    return load_backbone(f"timm:{ARCHITECTURE}?{CLIP_OPTIONS}{more}&checkpoint={path}", **keywords)
+
+
+def videomae_blocks(state: dict[str, Tensor], x: Tensor, heads: int = 3) -> Tensor:
+    """The released encoder's blocks, written out: attention with cat(q_bias, 0, v_bias), then an MLP."""
+    functional = torch.nn.functional
+    for number in range(2):
+        own = {
+            key.removeprefix(f"encoder.blocks.{number}."): value
+            for key, value in state.items()
+            if key.startswith(f"encoder.blocks.{number}.")
+        }
+        normed = functional.layer_norm(x, (24,), own["norm1.weight"], own["norm1.bias"], 1e-6)
+        bias = torch.cat([own["attn.q_bias"], torch.zeros(24), own["attn.v_bias"]])
+        qkv = functional.linear(normed, own["attn.qkv.weight"], bias)
+        q, k, v = qkv.reshape(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+        weights = ((q * (24 // heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+        mixed = (weights @ v).transpose(1, 2).reshape(x.shape)
+        x = x + functional.linear(mixed, own["attn.proj.weight"], own["attn.proj.bias"])
+        normed = functional.layer_norm(x, (24,), own["norm2.weight"], own["norm2.bias"], 1e-6)
+        inner = functional.gelu(functional.linear(normed, own["mlp.fc1.weight"], own["mlp.fc1.bias"]))
+        x = x + functional.linear(inner, own["mlp.fc2.weight"], own["mlp.fc2.bias"])
+    return x
+
+
+def clips() -> Tensor:
+    return torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("module",)])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_videomae_checkpoints_agree_with_the_released_attention(
+    tmp_path: Path, wrappers: tuple[str, ...], prefix: str
+) -> None:
+    state = pretraining(3)
+    saved: Any = {prefix + key: value for key, value in state.items()}
+    for wrapper in wrappers:
+        saved = {wrapper: saved, "epoch": 3}
+    model = load_clips(write(tmp_path / "w.pth", saved)).model
+    functional = torch.nn.functional
+    with torch.no_grad():
+        x = functional.conv3d(
+            clips(), state["encoder.patch_embed.proj.weight"], state["encoder.patch_embed.proj.bias"], stride=(2, 4, 4)
+        )
+        x = x.flatten(2).transpose(1, 2) + sinusoid_positions(32, 24)
+        x = videomae_blocks(state, x)
+        x = functional.layer_norm(x, (24,), state["encoder.norm.weight"], state["encoder.norm.bias"], 1e-6)
+        torch.testing.assert_close(model.forward_features(clips()), x, atol=1e-5, rtol=1e-4)
+
+
+def test_fine_tuned_videomae_checkpoints_have_bare_names(tmp_path: Path) -> None:
+    bare = videomae(3, "")
+    assert (
+        load_clips(write(tmp_path / "a.pth", bare)).weights
+        == load_clips(write(tmp_path / "b.pth", pretraining(3))).weights
+    )
+    # Its own way of pooling: the mean, then the norm; and its classifier, where asked for.
+    pooled = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in bare.items()}
+    pooled |= {"head.weight": torch.ones(7, 24), "head.bias": torch.zeros(7)}
+    path = write(tmp_path / "c.pth", {"module": pooled})
+    found = load_clips(path, classifier=True)
+    assert (found.arguments["fc_norm"], found.model.num_classes) == (True, 7)
+    assert torch.equal(found.model.fc_norm.weight, bare["norm.weight"])
+    assert load_clips(path).model.num_classes == 0
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+def test_whole_qkv_bias(blocks: int, width: int, seed: int) -> None:
+    """Queries and values keep their bias, keys get none; a bias without its partner stays as it is."""
+    noise = torch.Generator().manual_seed(seed)
+    state = {
+        f"blocks.{n}.attn.{part}_bias": torch.randn(width, generator=noise) for n in range(blocks) for part in "qv"
+    }
+    state |= {"lone.q_bias": torch.ones(1), "other.v_bias": torch.ones(1), "q_bias": torch.ones(2)}
+    found = whole_qkv_bias(state)
+    for number in range(blocks):
+        q, k, v = found.pop(f"blocks.{number}.attn.qkv.bias").split(width)  # type: ignore[no-untyped-call]
+        assert torch.equal(q, state[f"blocks.{number}.attn.q_bias"])
+        assert torch.equal(v, state[f"blocks.{number}.attn.v_bias"])
+        assert not k.any()
+    assert found.keys() == {"lone.q_bias", "other.v_bias", "q_bias"}
+
+
+def test_a_bias_of_the_keys_would_change_nothing() -> None:
+    """Why a bias of zero loses nothing: softmax over keys does not feel what is the same for all of them."""
+    model = create_vit(ARCHITECTURE, CLIPS | {"num_classes": 0}).eval()
+    with torch.no_grad():
+        before = model(clips())
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.attn.qkv.bias[24:48] += 3.0  # type: ignore[union-attr, index]
+        torch.testing.assert_close(model(clips()), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder.blocks.1.extra": torch.zeros(1)}, r"\(unexpected: blocks\.1\.extra\)"),
+        ({"encoder.blocks.0.attn.v_bias": None}, r"missing: blocks\.0\.attn\.qkv\.bias; unexpected: blocks\.0\.attn\.q_bias"),
+        ({"encoder.norm.weight": None}, r"missing: norm\.weight\)"),
+        ({"encoder.patch_embed.proj.weight": torch.zeros(24, 3, 4, 4)}, r"wrong shape: patch_embed\.proj\.weight"),
+        ({"stray": torch.zeros(1)}, r"unexpected: stray\)"),
+    ],
+)  # fmt: skip
+def test_videomae_checkpoints_are_strict_otherwise(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    state = {key: value for key, value in (pretraining(3) | change).items() if value is not None}
+    with pytest.raises(UsageError, match=message):
+        load_clips(write(tmp_path / "w.pth", state))
+
+
+def test_positions_of_a_whole_checkpoint_must_be_there(tmp_path: Path) -> None:
+    """VideoMAE stores none; a file with timm's own names does, and they may have been learnt."""
+    state = create_vit(ARCHITECTURE, CLIPS | {"num_classes": 0}).state_dict()
+    del state["pos_embed"]
+    with pytest.raises(UsageError, match=r"\(missing: pos_embed\)"):
+        load_clips(write(tmp_path / "w.pth", state))
+
+
+def test_images_in_place_of_clips_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", vit(3).state_dict())
+    with pytest.raises(UsageError, match=r"unexpected: cls_token; wrong shape: patch_embed\.proj\.weight"):
+        load_clips(path)

@@ -84,12 +84,41 @@ def test_text_answers(run, data, store, tmp_path) -> None:  # type: ignore[no-un
     assert "chance" in run("knn-eval", tmp_path / "run", "--train", data, "--k", 3).out.lower()
 
 
+def test_knn_of_every_layer_on_the_way_and_after(run, data, store, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """``distill --knn-train`` leaves lines in metrics.jsonl; ``knn-eval --layer all`` prints a line for each layer."""
+    changes = ["--set", STUDENT, "--set", "epochs=2", "--set", "warmup_epochs=0", "--set", "batch_size=20"]
+    where = ["--store", store, "--out", tmp_path / "run", "--knn-train", data, "--knn-every", 2, "--knn-layers", "all"]
+    trained = run("distill", "tinymim-tiny", *where, *changes, "-q")
+    assert trained.code == 0, trained.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "knn" in line]
+    assert [(line["epoch"], line["step"]) for line in found] == [(0, 0), (2, 4)]
+    scored = json.loads(run("knn-eval", tmp_path / "run", "--train", data, "--layer", "all", "--json", "-q").out)
+    assert {layer: entries[1]["top1"] for layer, entries in scored["layers"].items()} == found[-1]["knn"]
+    some = run("knn-eval", tmp_path / "run", "--train", data, "--layer", "block1.out", "--layer", "final", "-q").out
+    assert [line.split()[0] for line in some.splitlines() if line.lstrip().startswith(("block", "final"))] == [
+        "block1.out",
+        "final",
+    ]
+
+
 def test_info_and_verify(run, store) -> None:  # type: ignore[no-untyped-def]
     """A good store is described and found good."""
     assert "block3.attn_in" in run("info", store).out
     assert json.loads(run("info", store, "--json").out)["teachers"]["t"]["sealed_views"]["0"]["rows"] == 40
     assert "all good" in run("verify", store).out
     assert json.loads(run("verify", store, "--quick", "--json", "-q").out)["good"] is True
+
+
+def test_logits_are_stored_as_soft_labels(run, data, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """--top-k concerns logits alone; info shows what it cost."""
+    taps = ["--tap", "logits", "--tap", "final", "--top-k", "3", "-q", "--json"]
+    left = run("extract", data, "--store", tmp_path / "s", "--teacher", f"{TEACHER}&num_classes=6", *taps)
+    assert left.code == 0, left.err
+    found = json.loads(left.out)["teachers"]["t"]["taps"]
+    assert (found["logits"]["encoding"], found["final"]["encoding"]) == ("topk", "klt")
+    assert found["logits"]["kl"] > 0
+    assert "KL from the exact distributions" in run("info", tmp_path / "s").out
 
 
 def test_verify_names_the_damaged_object(run, data, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -109,7 +138,9 @@ def test_verify_names_the_damaged_object(run, data, tmp_path) -> None:  # type: 
 def test_recipes(run) -> None:  # type: ignore[no-untyped-def]
     """Recipes are listed and shown, and the JSON of one is a recipe file."""
     assert "tinymim-b" in run("recipes", "list").out
-    assert "A7" in run("recipes", "show", "tinymim-b").out
+    assert run("recipes").out == run("recipes", "list").out
+    assert json.loads(run("recipes", "--json").out)["hybrid-b"]["method"] == "Hybrid Distill"
+    assert "released README: 32 GPUs x 128" in run("recipes", "show", "tinymim-b").out
     assert (
         json.loads(run("recipes", "show", "tinymim-b", "--set", "epochs=7", "--set", "warmup_epochs=1", "--json").out)[
             "epochs"
@@ -132,11 +163,15 @@ def test_doctor_finds_this_installation_good(run) -> None:  # type: ignore[no-un
         pytest.param(["extract", "DATA", "--store", "S", "--teacher", TEACHER, "--tap", "block9.attn_in"], 2, "has 3 blocks", id="tap"),
         pytest.param(["extract", "DATA", "--store", "S", "--teacher", TEACHER, "--views", "gental"], 2, "did you mean 'gentle'", id="views"),
         pytest.param(["extract", "DATA", "--store", "S", "--teacher", TEACHER, "--fidelity", "5"], 2, "between 0 and 1", id="fidelity"),
+        pytest.param(["extract", "DATA", "--store", "S", "--teacher", TEACHER, "--top-k", "5"], 2, "add --tap logits", id="top-k"),
         pytest.param(["extract", "DATA", "--store", "S", "--teacher", TEACHER, "--encoding", "klt8"], 2, "did you mean 'klt'", id="encoding"),
         pytest.param(["distill", "tinymim-tinny", "--out", "R"], 2, "did you mean 'tinymim-tiny'", id="recipe"),
         pytest.param(["distill", "tinymim-tiny", "--out", "R"], 2, "give --store", id="distill without a store"),
         pytest.param(["distill", "tinymim-tiny", "--out", "R", "--store", "S"], 3, "no store there", id="store"),
         pytest.param(["distill", "tinymim-tiny", "--out", "R", "--set", "epoch=3"], 2, "did you mean 'epochs'", id="field"),
+        pytest.param(["distill", "tinymim-tiny", "--out", "R", "--knn-train", "nowhere"], 3, "nowhere", id="monitor data"),
+        pytest.param(["distill", "tinymim-tiny", "--out", "R", "--knn-train", "DATA", "--knn-every", "0"], 2, "monitor_every 0", id="monitor period"),
+        pytest.param(["knn-eval", TEACHER[2:], "--train", "DATA", "--layer", "block1.out", "--layer", "block7.out"], 2, "has 3 blocks", id="one layer of several"),
         pytest.param(["info", "S"], 3, "hdcache extract", id="info of nothing"),
         pytest.param(["verify", "S"], 3, "no store there", id="verify of nothing"),
         pytest.param(["recipes", "show", "x"], 2, "choose from", id="unknown recipe"),
@@ -167,6 +202,10 @@ def test_click_reports_bad_flags_with_exit_2(run) -> None:  # type: ignore[no-un
     assert run("info", "--jsn", "x").code == 2
     assert "FIELD=VALUE" in run("distill", "tinymim-tiny", "--out", "R", "--set", "epochs").err
     assert run("knn_eval", "--help").code == 0
+    for option, value in (("--knn-test", "D"), ("--knn-every", "0"), ("--knn-layers", "all"), ("--knn-stride", "2")):
+        left = run("distill", "tinymim-tiny", "--out", "R", option, value)
+        assert left.code == 2
+        assert "say how to measure; add --knn-train DATA" in left.err
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_listing_order_does_not_matter(tmp_path: Path, monkeypatch: pytest.Monke
     root = fill(tmp_path, *(f"{c}/{i}.png" for c in "ba" for i in range(5)))
     forward = open_dataset(str(root))
     scan = listings._scan
-    monkeypatch.setattr(listings, "_scan", lambda path: scan(path)[::-1])
+    monkeypatch.setattr(listings, "_scan", lambda path, suffixes: scan(path, suffixes)[::-1])
     backward = open_dataset(str(root))
     assert (forward.ids, forward.card, forward.labels.tolist()) == (
         backward.ids,
@@ -235,9 +235,9 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     scan = listings._scan
 
-    def spy(path: str) -> Any:
+    def spy(path: str, suffixes: tuple[str, ...]) -> Any:
         seen.append(path)
-        return scan(path)
+        return scan(path, suffixes)
 
     monkeypatch.setattr(listings, "_scan", spy)
     return seen

@@ -22,7 +22,8 @@ from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.extract.run import extract
 from hdcache.integrity import teacher_ledger
-from hdcache.loader import Loader, Options
+from hdcache.loader import Loader
+from hdcache.options import Options
 from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.store import Store, write_lock
 
@@ -44,6 +45,11 @@ def data(tmp_path: Path, make_npz: Callable[..., str]) -> str:
 def quick(small_recipe: Make) -> Recipe:
     """One epoch without warm-up."""
     return small_recipe(epochs=1, warmup_epochs=0)
+
+
+def test_a_monitor_runs_after_whole_epochs(tmp_path: Path, quick: Recipe) -> None:
+    with pytest.raises(UsageError, match="monitor_every 0 must be at least 1 epoch"):
+        run(quick, tmp_path / "a", store=tmp_path / "no-store", monitor=lambda *_: {}, monitor_every=0)
 
 
 # The result

@@ -15,7 +15,7 @@ from PIL import Image
 from hdcache.backbones import Backbone, load_backbone, normalize
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.errors import InputNotFound, UsageError
-from hdcache.evaluate.embed import check_layer, check_pool, embed
+from hdcache.evaluate.embed import all_layers, check_layer, check_pool, embed, embed_layers
 from hdcache.views import center_box, render
 
 TINY = "random:vit_tiny_patch16_224?img_size=24&patch_size=8&embed_dim=12&depth=3&num_heads=2&seed=1"
@@ -123,6 +123,29 @@ def test_a_blocks_output_passes_the_final_norm(backbone: Backbone, dataset: Data
     np.testing.assert_allclose(found.features[0], own[0][1][0, 0].numpy(), rtol=1e-4, atol=1e-5)
     last = embed(backbone, dataset, layer="block3.out").features
     np.testing.assert_allclose(last, embed(backbone, dataset, layer="final").features, rtol=1e-4, atol=1e-5)
+
+
+def test_many_layers_take_one_pass_over_the_images(backbone: Backbone, dataset: Dataset) -> None:
+    """Each layer's features are those that it has alone; every image is read once, every block runs once."""
+    layers = all_layers(backbone.model)
+    assert layers == ("block1.out", "block2.out", "block3.out", "final")
+    watched, calls = Watched(dataset, []), []
+    hook = backbone.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))  # type: ignore[index, operator, union-attr]
+    try:
+        found = embed_layers(backbone, watched, (*reversed(layers), "block1.out"), batch_size=12)  # type: ignore[arg-type]
+    finally:
+        hook.remove()
+    assert sorted(watched.reads) == sorted(dataset.ids)
+    assert len(calls) == 1
+    assert [one.layer for one in found] == ["final", "block3.out", "block2.out", "block1.out", "block1.out"]
+    for one in found:
+        alone = embed(backbone, dataset, layer=one.layer, batch_size=12)
+        np.testing.assert_array_equal(one.features, alone.features)
+        assert (one.ids, one.failed, one.pool, one.layer_is_default) == (alone.ids, alone.failed, "cls", False)
+    (default,) = embed_layers(backbone, dataset, batch_size=12)
+    assert (default.layer, default.layer_is_default) == ("final", True)
+    with pytest.raises(UsageError, match="block4"):
+        embed_layers(backbone, dataset, ["final", "block4.out"])
 
 
 def test_the_default_layer_is_the_last_that_was_trained(backbone: Backbone, dataset: Dataset) -> None:

@@ -130,7 +130,7 @@ def test_a_row_keeps_its_place_beside_a_failed_one(pipeline: Pipeline, writer: V
 def test_a_few_bad_rows_alone_in_a_shard_do_not_condemn_the_teacher(
     pipeline: Pipeline, writer: ViewWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens]:
+    def broken(self: Teacher, pixels: torch.Tensor, taps: list[str], visible: Any) -> dict[str, Tokens]:
         return {
             tap: Tokens(torch.zeros(len(pixels), 1, 48), torch.full((len(pixels), 16, 48), torch.nan)) for tap in taps
         }
@@ -182,9 +182,9 @@ def test_a_batch_of_failed_rows_needs_no_teacher(
     good = decode_row(pipeline.store, pipeline.dataset, PREPROCESSING, 0, 0)
     forward, sizes = Teacher.forward, []
 
-    def counted(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens | torch.Tensor]:
+    def counted(self: Teacher, pixels: torch.Tensor, taps: list[str], visible: Any) -> dict[str, Tokens | torch.Tensor]:
         sizes.append(len(pixels))
-        return forward(self, pixels, taps)
+        return forward(self, pixels, taps, visible)
 
     monkeypatch.setattr(Teacher, "forward", counted)
     parts, failed, _ = pipeline._forward(writer, 0, [good, *(Row(i, None, reason="torn") for i in range(1, 8))])

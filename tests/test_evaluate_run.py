@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,51 @@ def test_a_student_is_evaluated_at_its_last_trained_layer(train: str, tmp_path: 
     asked = knn_eval(str(folder), train, ks=[1], layer="final", pool="mean")
     assert (asked["model"]["layer"], asked["model"]["layer_is_default"]) == ("final", False)
     assert "final (as asked), pool mean" in format_table(asked)
+
+
+def test_all_layers_are_scored_as_each_alone(train: str, queries: str) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = knn_eval(TINY, train, queries, layer="all", ks=(1, 3), progress=lambda *report: seen.append(report))
+    assert seen == [("train", 24, 24), ("test", 9, 9)], "one pass over the images"
+    assert list(result["layers"]) == ["block1.out", "block2.out", "final"]
+    for layer, found in result["layers"].items():
+        alone = knn_eval(TINY, train, queries, layer=layer, ks=(1, 3))
+        assert found == alone["knn"] == alone["layers"][layer]
+        assert list(alone["layers"]) == [layer]
+    assert (result["model"]["layer"], result["knn"]) == ("final", result["layers"]["final"])
+    some = knn_eval(TINY, train, layer=["block2.out", "block1.out", "block2.out"], ks=[1])
+    assert list(some["layers"]) == ["block2.out", "block1.out"]
+    assert (some["model"]["layer"], some["leave_one_out"]) == ("block1.out", True)
+    assert knn_eval(TINY, train, layer=["all", "final"], ks=[1])["layers"].keys() == result["layers"].keys()
+    with pytest.raises(UsageError, match="block3"):
+        knn_eval(TINY, train, layer=["final", "block3.out"])
+
+
+def test_the_layer_that_was_trained_last_stands_for_all(train: str) -> None:
+    backbone = dataclasses.replace(load_backbone(TINY), last_trained="block1.out")
+    result = knn_eval(backbone, train, layer="all", ks=[1])
+    assert (result["model"]["layer"], result["model"]["layer_is_default"]) == ("block1.out", False)
+    assert result["knn"] == result["layers"]["block1.out"]
+
+
+def test_the_averaged_student_is_a_model_of_its_own(train: str, tmp_path: Path) -> None:
+    backbone = load_backbone(TINY)
+    facts = (backbone.architecture, backbone.arguments, backbone.preprocessing, "block2.out", {"recipe": "r"})
+    save_student(tmp_path / "run" / "ema", backbone.model, *facts)
+    result = knn_eval(tmp_path / "run" / "ema", train, ks=[1])
+    assert result["knn"] == knn_eval(TINY, train, layer="block2.out", ks=[1])["knn"]
+
+
+def test_a_table_of_layers_has_a_line_for_each(train: str, queries: str) -> None:
+    result = knn_eval(TINY, train, queries, layer="all", ks=(1, 3))
+    result["layers"]["block2.out"][1]["top1"] = 61.234
+    lines = format_table(result).splitlines()
+    assert "feature  3 layers, pool cls" in lines
+    start = next(number for number, line in enumerate(lines) if "top-1 % k=1" in line)
+    assert lines[start].split("  ")[-1].strip() == "top-1 % k=3"
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["block1.out", "block2.out", "final"]
+    assert lines[start + 2].split() == ["block2.out", "100.00", "61.23"]
+    assert len({len(line) for line in lines[start : start + 4]}) == 1
 
 
 def test_a_loaded_backbone_is_taken_as_it_is(train: str) -> None:

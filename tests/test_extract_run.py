@@ -29,7 +29,8 @@ from hdcache.errors import (
     TooManyFailures,
     UsageError,
 )
-from hdcache.extract.run import ExtractSummary, default_taps, extract, format_summary, row_bytes, shard_size
+from hdcache.extract.run import default_taps, extract, row_bytes, shard_size
+from hdcache.extract.summary import ExtractSummary, format_summary
 from hdcache.integrity import verify, view_ledger
 from hdcache.reader import TeacherReader, read_geometry
 from hdcache.samples import open_sample
@@ -523,8 +524,8 @@ def test_max_failures_stops_and_a_rerun_goes_on(tmp_path: Path, tiny: str, make_
 def nan_where(monkeypatch: pytest.MonkeyPatch, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
     forward = Teacher.forward
 
-    def broken(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens | torch.Tensor]:
-        found = forward(self, pixels, taps)
+    def broken(self: Teacher, pixels: torch.Tensor, taps: list[str], visible: Any) -> dict[str, Tokens | torch.Tensor]:
+        found = forward(self, pixels, taps, visible)
         for value in found.values():
             parts_of(value)[-1][chosen(pixels.float().mean((1, 2, 3)).cpu())] = float("nan")
         return found
@@ -738,8 +739,8 @@ def test_clipped_values_are_said(
     run(data, tmp_path / "s", f"t={tiny}", encoding="int8")
     forward = Teacher.forward
 
-    def louder(self: Teacher, pixels: torch.Tensor, taps: list[str]) -> dict[str, Tokens | torch.Tensor]:
-        found = forward(self, pixels, taps)
+    def louder(self: Teacher, pixels: torch.Tensor, taps: list[str], visible: Any) -> dict[str, Tokens | torch.Tensor]:
+        found = forward(self, pixels, taps, visible)
         return {key: Tokens(v.prefix, 3 * v.patches) for key, v in found.items() if isinstance(v, Tokens)}
 
     monkeypatch.setattr(Teacher, "forward", louder)

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from hdcache.arrays import ArrayReader
 from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.integrity import Ledger, teacher_ledger, verify, view_ledger
-from hdcache.schema import Receipt, StoredObject, canonical_json
+from hdcache.records import canonical_json
+from hdcache.schema import Receipt, StoredObject
 from hdcache.store import Store
 
 ROWS = "teachers/t/views/0"
 SHARD = f"{ROWS}/final/values/c.1.0.0"
+CONSTANT = "teachers/t/encodings/block1.attn_in/step/c.0"
 SEAL: dict[str, Any] = {"teacher": "", "identity": "", "view": 0}
 
 
@@ -255,6 +257,10 @@ def test_an_unsealed_ledger_is_checked_by_its_receipts(sealed_store: Path) -> No
         (f"{ROWS}/manifest.json", lambda m: m.update(identity="0"), "seals another identity"),
         (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(SHARD), f"the receipt of {SHARD} differs"),
         (f"{ROWS}/manifest.json", lambda m: m["objects"][SHARD].update(size=1), f"the receipt of {SHARD} differs"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"].pop("samples/receipt.json"), "does not list samples/receipt"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(f"{ROWS}/final/values/zarr.json"), "not list teachers/t/v"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(CONSTANT), f"does not list {CONSTANT}"),
+        ("views/0/manifest.json", lambda m: m["objects"].pop("zarr.json"), "manifest.json: does not list zarr.json"),
         (f"{ROWS}/manifest.json", lambda m: m.update(extra=1), "extra: Extra inputs are not permitted"),
         (f"{ROWS}/manifest.json", lambda m: m["objects"].update({"../x": m["objects"][SHARD]}), "unsafe object key"),
         (f"{ROWS}/receipts/1.json", lambda m: m.update(shard=2), "1.json: the receipt of shard 2"),

@@ -24,16 +24,18 @@ from hdcache.datasets import Dataset, open_dataset
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.run import extract
 from hdcache.integrity import teacher_ledger
-from hdcache.loader import Loader, Options
+from hdcache.loader import Loader
+from hdcache.options import Options
 from hdcache.order import rank_slice
+from hdcache.photometric import Photometric
 from hdcache.reader import read_geometry
-from hdcache.samples import open_sample
+from hdcache.samples import open_views
 from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.target_sources import Runs, open_targets
 from hdcache.teachers import reload_teacher
-from hdcache.views import render
+from hdcache.views import fresh_view, render
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -86,7 +88,7 @@ def good_ids() -> set[str]:
 def tensors(batch: Batch) -> list[Tensor]:
     """All that a training step sees, in one list."""
     values = [value for found in batch.targets.values() for value in found.values()]
-    return [batch.images, batch.labels, *(v if isinstance(v, Tensor) else v.sequence() for v in values)]
+    return [batch.images, *batch.more, batch.labels, *(v if isinstance(v, Tensor) else v.sequence() for v in values)]
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -190,12 +192,12 @@ def test_iterating_again_is_the_next_epoch(holed: Path) -> None:
         assert all(map(same, found, twin.epoch(epoch)))
 
 
-@pytest.mark.parametrize("jitter", [None, (0.3, 0.3, 0.3)])
-def test_resuming_from_any_batch_equals_not_stopping(holed: Path, jitter: Any) -> None:
+@pytest.mark.parametrize("jitter", [None, Photometric(brightness=0.3, contrast=0.3, saturation=0.3)])
+def test_resuming_from_any_batch_equals_not_stopping(holed: Path, jitter: Photometric | None) -> None:
     """Images, ids, labels and targets to the bit, from every batch of an epoch and from its end."""
-    whole = list(make(holed, jitter=jitter).epoch(2))
+    whole = list(make(holed, augment=(jitter,)).epoch(2))
     for start in range(len(whole) + 1):
-        rest = list(make(holed, jitter=jitter, threads=1).epoch(2, start))
+        rest = list(make(holed, augment=(jitter,), threads=1).epoch(2, start))
         assert len(rest) == len(whole) - start
         assert all(map(same, rest, whole[start:]))
 
@@ -236,7 +238,7 @@ def test_online_targets_equal_stored_ones_to_the_bit(holed: Path) -> None:
     """The teacher in the loop gives the batches that the store gives."""
     store = Store.open(holed / "s")
     _, live = open_targets(store, WANTED, live={"t": reload_teacher(store.teacher("t"))})
-    cached = make(holed, jitter=(0.2, 0.2, 0.2))
+    cached = make(holed, augment=(Photometric(brightness=0.2, contrast=0.2, saturation=0.2),))
     online = Loader(open_data(holed), cached.options, views=store.card.views, store=store, live=live, teachers=["t"])
     for epoch in (0, 1):
         assert all(itertools.starmap(same, zip(cached.epoch(epoch), online.epoch(epoch), strict=True)))
@@ -246,18 +248,47 @@ def test_jitter_is_fresh_in_every_epoch_and_equal_in_every_run(holed: Path) -> N
     """With one view the geometry repeats, so that epochs differ by their jitter alone; ids decide it, not batches."""
 
     def images(epoch: int, **more: Any) -> dict[str, Tensor]:
-        loader = make(holed, num_views=1, **({"jitter": (0.4, 0.4, 0.4)} | more))
+        loader = make(holed, num_views=1, **({"augment": (Photometric(),)} | more))
         batches = list(loader.epoch(epoch))
         return dict(zip(flat(batches), torch.cat([batch.images for batch in batches]), strict=True))
 
-    first, second, plain = images(0), images(1), images(0, jitter=None)
+    first, second, plain = images(0), images(1), images(0, augment=(None,))
     other_batches, other_seed = images(0, batch_size=5), images(0, seed=1)
     for name, image in first.items():
         assert not torch.equal(image, second[name])
         assert not torch.equal(image, plain[name])
         assert not torch.equal(image, other_seed[name])
         torch.testing.assert_close(image, other_batches[name], rtol=1e-6, atol=1e-6)
-    assert all(torch.equal(plain[name], image) for name, image in images(1, jitter=None).items())
+    assert all(torch.equal(plain[name], image) for name, image in images(1, augment=(None,)).items())
+
+
+def test_fresh_views_are_the_student_s_alone(holed: Path) -> None:
+    """Two views of its own in each epoch, beside the targets of the stored one; the same from any batch on."""
+    fresh = {"fresh": 2, "augment": (Photometric(), None)}
+    plain, loader = make(holed, num_views=1), make(holed, num_views=1, **fresh)
+    seen: list[Tensor] = []
+    for epoch in (0, 1):
+        pairs = list(zip(loader.epoch(epoch), plain.epoch(epoch), strict=True))
+        for mine, stored in pairs:
+            assert mine.ids == stored.ids
+            assert [image.shape for image in (mine.images, *mine.more)] == [stored.images.shape] * 2
+            assert all(map(torch.equal, tensors(mine)[3:], tensors(stored)[2:])), "targets are of the stored view"
+            views = [stored.images, mine.images, *mine.more]
+            for one, other in itertools.combinations(views, 2):
+                assert not (one == other).flatten(1).all(dim=1).any()
+            seen.append(mine.more[0])
+        assert all(map(same, list(loader.epoch(epoch))[2:], make(holed, num_views=1, **fresh).epoch(epoch, 2)))
+    assert not torch.equal(*(torch.cat(seen[half]).sort(0)[0] for half in (slice(0, 6), slice(6, 12))))
+
+
+def test_a_fresh_view_is_drawn_for_the_epoch_and_the_sample(holed: Path) -> None:
+    """Without augmentation it is the view of that number, cut and resized by hand."""
+    dataset, spec = open_data(holed), Store.open(holed / "s").card.views
+    for batch in make(holed, num_views=1, fresh=1).epoch(3):
+        opened = [open_views(dataset, name, spec, 0, None, [fresh_view(3, 0, 1)])[1] for name in batch.ids]
+        pixels = torch.from_numpy(np.stack([view.pixels(SHOWN) for view in opened]))
+        assert torch.equal(batch.images, normalize(pixels, SHOWN))
+        assert batch.more == ()
 
 
 def test_without_a_teacher_a_store_only_names_the_views(holed: Path) -> None:
@@ -354,9 +385,9 @@ def test_leaving_early_does_not_wait_for_the_whole_epoch(holed: Path, monkeypatc
     def slow(*arguments: Any) -> Any:
         time.sleep(0.05)
         opened.append(arguments[1])
-        return open_sample(*arguments)
+        return open_views(*arguments)
 
-    monkeypatch.setattr(loader_module, "open_sample", slow)
+    monkeypatch.setattr("hdcache.rendering.open_views", slow)
     iterator = make(holed, threads=2, prefetch=6).epoch(0)
     next(iterator)
     began = time.monotonic()
@@ -404,9 +435,9 @@ def test_waiting_is_counted(holed: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.005)
-        return open_sample(*arguments)
+        return open_views(*arguments)
 
-    monkeypatch.setattr(loader_module, "open_sample", slow)
+    monkeypatch.setattr("hdcache.rendering.open_views", slow)
     list(loader.epoch(0))
     assert loader.waited > 0.15
 

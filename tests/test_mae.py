@@ -3,7 +3,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hdcache.backbones import create_vit
-from hdcache.distill.mae import MAE, MAEDecoder, num_visible, patch_pixels, sincos_positions, visible_patches
+from hdcache.distill.decoder import PixelDecoder, patch_pixels
+from hdcache.distill.mae import MAE, num_visible, visible_patches
 from hdcache.errors import UsageError
 from hdcache.taps import Tokens, embed_tokens
 
@@ -28,8 +28,17 @@ def batch_of(epoch: int = 0) -> Any:
     return SimpleNamespace(images=images, ids=["a", "b", "c"], epoch=epoch)
 
 
-def build(objective: MAE, student: nn.Module) -> MAEDecoder:
+def build(objective: MAE, student: nn.Module) -> PixelDecoder:
     return objective.build(student, {}, 0, torch.Generator().manual_seed(0))
+
+
+CLIPS = {"frames": 4, "class_token": False, "global_pool": "avg"}
+
+
+def clips_of(epoch: int = 0) -> Any:
+    batch = batch_of(epoch)
+    batch.images = torch.randn(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return batch
 
 
 def forward(objective: MAE, student: nn.Module, decoder: nn.Module, batch: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -77,7 +86,47 @@ def test_every_patch_is_shown_equally_often() -> None:
     assert (shares - 0.25).abs().max() < 0.05
 
 
+def test_clips_are_masked_in_tubes() -> None:
+    """The same cells in every slot; hidden cells are rounded down, as VideoMAE's generator does."""
+    objective = SMALL.model_copy(update={"mask_ratio": 0.9})
+    student = vit(**CLIPS)
+    decoder = build(objective, student)
+    hidden = forward(objective, student, decoder, clips_of())[1].reshape(3, 2, 16)
+    assert hidden.sum(2).tolist() == [[14, 14]] * 3
+    assert torch.equal(hidden[:, 0], hidden[:, 1])
+    again, later, other = (
+        forward(objective, student, decoder, clips_of(epoch), seed)[1].reshape(3, 2, 16)
+        for epoch, seed in ((0, 0), (1, 0), (0, 1))
+    )
+    assert torch.equal(again, hidden)
+    assert not torch.equal(later, hidden)
+    assert not torch.equal(other, hidden)
+
+
+def test_random_masks_of_clips_differ_between_slots() -> None:
+    objective, student = SMALL.model_copy(update={"mask": "random"}), vit(**CLIPS)
+    hidden = forward(objective, student, build(objective, student), clips_of())[1]
+    assert hidden.sum(1).tolist() == [24] * 3
+    assert not torch.equal(hidden[:, :16], hidden[:, 16:])
+
+
 # The network
+
+
+def test_clips() -> None:
+    """VideoMAE's decoder: no bias in its embedding, 1-D positions, channel-wise targets; gradient everywhere."""
+    student, batch = vit(**CLIPS), clips_of()
+    decoder = build(SMALL, student)
+    assert decoder.embed.bias is None
+    assert decoder.targets.kind == "channel"
+    taps = SMALL.forward(student, batch, decoder, 0)
+    prediction = taps["prediction"]
+    assert isinstance(prediction, Tensor)
+    assert prediction.shape == (3, 32, 96)
+    SMALL.loss(batch, taps, decoder)["pixels"].backward()  # type: ignore[no-untyped-call]
+    for module in (student, decoder):
+        missing = [name for name, value in module.named_parameters() if value.requires_grad and value.grad is None]
+        assert not missing
 
 
 @pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
@@ -138,10 +187,11 @@ def test_loss_reads_hidden_patches_only(norm_pix: bool) -> None:
                 values = (values - values.mean()) / (values.var() + 1e-6).sqrt()
             total += float(((prediction[image, patch] - values) ** 2).mean()) / 12
     taps = {"prediction": prediction, "hidden": hidden}
-    loss = objective.loss(batch, taps, nn.Identity())["pixels"]
+    decoder = build(objective, vit())
+    loss = objective.loss(batch, taps, decoder)["pixels"]
     assert loss.item() == pytest.approx(total, rel=1e-5)
     prediction[~hidden] = 1e6
-    assert objective.loss(batch, taps, nn.Identity())["pixels"] == loss
+    assert objective.loss(batch, taps, decoder)["pixels"] == loss
 
 
 def test_gradient_reaches_student_and_decoder() -> None:
@@ -157,23 +207,6 @@ def test_gradient_reaches_student_and_decoder() -> None:
     assert decoder.mask_token.grad.abs().sum() > 0
 
 
-# Positions
-
-
-def test_sincos_positions_agree_with_mae_s_formula() -> None:
-    found = sincos_positions(16, (3, 5)).numpy()
-    rates = 1 / 10000 ** (np.arange(4) / 4)
-    for row in range(3):
-        for column in range(5):
-            halves = [np.concatenate([np.sin(at * rates), np.cos(at * rates)]) for at in (column, row)]
-            np.testing.assert_allclose(found[5 * row + column], np.concatenate(halves), atol=1e-6)
-
-
-def test_sincos_positions_need_a_multiple_of_four() -> None:
-    with pytest.raises(UsageError, match="need a width that is a multiple of 4, found 18"):
-        sincos_positions(18, (2, 2))
-
-
 # What cannot be meant
 
 
@@ -186,6 +219,12 @@ def test_sincos_positions_need_a_multiple_of_four() -> None:
             "decoder_heads 3 does not divide objective.decoder_width 16; choose",
         ),
         (SMALL, {"patch_size": (4, 8)}, "needs square patches, but the student's are 4x8 pixels"),
+        (
+            SMALL.model_copy(update={"mask": "tube"}),
+            {},
+            r"mask 'tube' .* the student reads still images; set it to null",
+        ),
+        (MAE(mask_ratio=0.02), {"frames": 4}, "0.02 of 16 cells hides 0 and leaves 16 visible"),
         (MAE(mask_ratio=0.97), {}, "mask_ratio 0.97 of 16 patches leaves 0 visible"),
     ],
 )

@@ -8,13 +8,13 @@ from torch import nn
 
 from hdcache.backbones import create_vit
 from hdcache.batch import Batch
+from hdcache.distill.hybrid import Hybrid
 from hdcache.distill.mae import MAE
 from hdcache.distill.objective import (
     Layout,
     Objective,
     initialise,
     linear,
-    plain_forward,
     student_layout,
     teacher_layout,
 )
@@ -44,8 +44,20 @@ OBJECTIVES: list[Objective] = [
     TinyMIM(strategy="class-token"),
     Supervised(),
     MAE(decoder_width=16, decoder_depth=1, decoder_heads=2),
+    Hybrid(relation_teacher="mae", feature_teacher="mae", stages=(1, 2)),
+    Hybrid(use=("relation",), scores="softmax", scorer="random"),
 ]
-NAMES = ["relation", "relation-patches", "feature", "feature-qkv", "class-token", "supervised", "mae"]
+NAMES = [
+    "relation",
+    "relation-patches",
+    "feature",
+    "feature-qkv",
+    "class-token",
+    "supervised",
+    "mae",
+    "hybrid",
+    "hybrid-relation",
+]
 
 
 def vit(seed: int = 0, **arguments: Any) -> nn.Module:
@@ -149,8 +161,8 @@ def test_build_draws_from_its_generator_alone(objective: Objective) -> None:
     assert not states[0] or any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
-def test_plain_forward_gives_the_taps_of_the_student() -> None:
-    taps = plain_forward(Supervised(), vit(), batch_of(Supervised()))
+def test_an_objective_runs_the_student_on_whole_images_unless_it_says_otherwise() -> None:
+    taps = Supervised().forward(vit(), batch_of(Supervised()), nn.Module(), seed=0)
     assert list(taps) == ["final"]
     assert isinstance(taps["final"], Tokens)
     assert taps["final"].patches.shape == (2, 16, 24)

@@ -46,6 +46,16 @@ def test_a_log_gets_a_line_each_half_minute_and_a_last_one(clock: Clock) -> None
     assert "\r" not in stream.getvalue()
 
 
+def test_time_of_other_work_takes_no_part_in_the_rate(clock: Clock) -> None:
+    bar = Progress("x", 20, "rows", stream=io.StringIO())
+    clock.now += 5
+    bar.advance(10)
+    clock.now += 100
+    bar.rest(100)
+    assert bar.rate == pytest.approx(2)
+    assert "ETA 5.0s" in bar.line()
+
+
 def test_a_terminal_gets_one_line_that_is_overwritten(clock: Clock) -> None:
     stream = Terminal()
     with Progress("x", 3, "rows", stream=stream) as bar:

@@ -5,11 +5,18 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from hdcache.distill.amd import AMD
+from hdcache.distill.hybrid import Hybrid
+from hdcache.distill.logits import Logits
 from hdcache.distill.mae import MAE
-from hdcache.distill.settings import Jitter, Recipe, StudentSpec
+from hdcache.distill.objective import Objective
+from hdcache.distill.sdssl import SDSSL
+from hdcache.distill.settings import Recipe, StudentSpec
 from hdcache.distill.supervised import Supervised
 from hdcache.distill.tinymim import TinyMIM
+from hdcache.photometric import Photometric
 
+OBJECTIVES: list[type[Objective]] = [TinyMIM, AMD, Hybrid, Logits, SDSSL, Supervised, MAE]
 MINIMAL: dict[str, Any] = {
     "name": "mine",
     "objective": {"kind": "tinymim"},
@@ -32,6 +39,15 @@ MINIMAL: dict[str, Any] = {
         ({"ema_end": 1.0}, "ema_end is set, but ema is null; set both or neither"),
         ({"weights": {"qk": 2, "kk": 1}}, "weights names kk, but the parts of this loss are qk, vv"),
         ({"accumulate": 3, "warmup_epochs": 11}, "warmup_epochs 11.0 .*; accumulate 3"),
+        (
+            {"accumulate": 2, "objective": {"kind": "sdssl"}},
+            "accumulate 2 would cut batches whose rows objective 'sdssl' compares; set it to 1",
+        ),
+        (
+            {"batch_size": 1, "objective": {"kind": "sdssl"}},
+            "batch_size 1 leaves objective 'sdssl' nothing to compare; set 2 or more",
+        ),
+        ({"second_jitter": {}}, "second_jitter is set, but objective 'tinymim' has one view; set it to null"),
         ({"name": ""}, "at least 1 character"),
         ({"seed": -1}, "greater than or equal to 0"),
     ],
@@ -46,6 +62,16 @@ def test_weights_are_one_unless_given() -> None:
     assert recipe.loss_weights() == {"qk": 1.0, "vv": 0.5}
 
 
+def test_every_student_view_has_an_augmentation() -> None:
+    """The second view's own where there is one, else the first view's; a student of one view has one."""
+    two, weak = {"objective": {"kind": "sdssl"}, "jitter": {}}, {"brightness": 0.1}
+    assert Recipe.model_validate(MINIMAL).augmentations() == (None,)
+    assert Recipe.model_validate(MINIMAL | {"jitter": weak}).augmentations() == (Photometric(brightness=0.1),)
+    assert Recipe.model_validate(MINIMAL | two).augmentations() == (Photometric(), Photometric())
+    found = Recipe.model_validate(MINIMAL | two | {"second_jitter": weak}).augmentations()
+    assert found == (Photometric(), Photometric(brightness=0.1))
+
+
 def test_learning_rate_is_absolute_or_per_256_images() -> None:
     assert Recipe.model_validate(MINIMAL).peak_lr() == 1e-3
     scaled = Recipe.model_validate(MINIMAL | {"lr": None, "base_lr": 1e-3, "batch_size": 1024})
@@ -53,8 +79,10 @@ def test_learning_rate_is_absolute_or_per_256_images() -> None:
 
 
 def test_objective_is_chosen_by_its_kind() -> None:
-    for kind, expected in (("tinymim", TinyMIM), ("supervised", Supervised), ("mae", MAE)):
-        assert type(Recipe.model_validate(MINIMAL | {"objective": {"kind": kind}}).objective) is expected
+    for expected in OBJECTIVES:
+        needed = {"teacher_mask_ratio": 0.5, "student_mask_ratio": 0.75} if expected is AMD else {}
+        objective = {"kind": expected.model_fields["kind"].default} | needed
+        assert type(Recipe.model_validate(MINIMAL | {"objective": objective}).objective) is expected
 
 
 def test_digest_is_that_of_the_settings() -> None:
@@ -64,7 +92,7 @@ def test_digest_is_that_of_the_settings() -> None:
     assert Recipe.model_validate(MINIMAL | {"seed": 1}).digest() != recipe.digest()
 
 
-@pytest.mark.parametrize("record", [Recipe, StudentSpec, Jitter, TinyMIM, Supervised, MAE])
+@pytest.mark.parametrize("record", [Recipe, StudentSpec, Photometric, *OBJECTIVES])
 def test_every_field_says_what_it_means(record: type[BaseModel]) -> None:
     assert [name for name, field in record.model_fields.items() if not field.description] == []
     assert record.model_config.get("frozen")

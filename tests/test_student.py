@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hdcache.distill.mae import sincos_positions
+from hdcache.distill.decoder import sincos_positions
 from hdcache.distill.settings import StudentSpec
 from hdcache.distill.student import KeyedDropPath, build_student, set_drop_paths, student_input
 from hdcache.errors import UsageError
+from hdcache.video_vit import sinusoid_positions
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
 
@@ -149,3 +150,51 @@ def test_arguments_that_draw_from_a_global_generator_are_refused(name: str) -> N
 def test_an_unknown_argument_is_refused() -> None:
     with pytest.raises(UsageError, match=r"vit_tiny_patch16_224 with .*colour"):
         build_student(spec(arguments=ARGUMENTS | {"colour": 3}), 0)
+
+
+# Students of clips
+
+
+def clip_spec(**changes: Any) -> StudentSpec:
+    return spec(arguments=ARGUMENTS | {"frames": 6, "tubelet": 3}, **changes)
+
+
+def test_positions_of_clips_are_fixed_on_the_flattened_index() -> None:
+    model: Any = build_student(clip_spec(), 0)
+    assert not model.pos_embed.requires_grad
+    assert torch.equal(model.pos_embed[0], sinusoid_positions(32, 24))
+    assert model.cls_token is None
+
+
+def test_positions_of_clips_are_learnt_where_asked() -> None:
+    first, again, other = (build_student(clip_spec(sincos_positions=False), seed).pos_embed for seed in (0, 0, 1))
+    assert isinstance(first, torch.nn.Parameter)
+    assert isinstance(again, torch.nn.Parameter)
+    assert isinstance(other, torch.nn.Parameter)
+    assert first.requires_grad
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert 0.015 < float(first.detach().std()) < 0.025
+
+
+def test_mae_initialisation_of_tubelets_is_that_of_a_linear_map() -> None:
+    model: Any = build_student(clip_spec(), 0)
+    bound = math.sqrt(6 / (24 + 3 * 3 * 8 * 8))
+    weight = model.patch_embed.proj.weight.detach()
+    assert weight.shape == (24, 3, 3, 8, 8)
+    assert 0.95 * bound < float(weight.abs().max()) <= bound
+
+
+def test_the_input_of_a_student_of_clips() -> None:
+    found = student_input(build_student(clip_spec(), 0))
+    assert (found.size, found.frames, found.interpolation) == (32, 6, "bilinear")
+    assert found.mean == student_input(build_student(spec(), 0)).mean
+
+
+def test_a_frozen_patch_projection_is_random_and_not_trained() -> None:
+    model: Any = build_student(StudentSpec(architecture="vit_tiny_patch16_224", freeze_patch_embed=True), 0)
+    other: Any = build_student(StudentSpec(architecture="vit_tiny_patch16_224"), 0)
+    assert not any(parameter.requires_grad for parameter in model.patch_embed.parameters())
+    assert all(parameter.requires_grad for parameter in other.patch_embed.parameters())
+    assert torch.equal(model.patch_embed.proj.weight, other.patch_embed.proj.weight)
+    assert model.blocks[0].attn.qkv.weight.requires_grad

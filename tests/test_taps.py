@@ -15,7 +15,16 @@ from torch import Tensor
 
 from hdcache.errors import UsageError
 from hdcache.relations import relation, split_heads
-from hdcache.taps import GRAMMAR, Tokens, attention_of, embed_tokens, forward_taps, num_blocks, parse_tap
+from hdcache.taps import (
+    GRAMMAR,
+    Tokens,
+    attention_of,
+    embed_tokens,
+    forward_taps,
+    gather_patches,
+    num_blocks,
+    parse_tap,
+)
 
 DEPTH = 3
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -71,6 +80,9 @@ def hooked(model: Any, images: Tensor) -> dict[str, Tensor]:
             attention.qkv.register_forward_hook(keep(f"block{number}.attn_in", 0)),
             attention.qkv.register_forward_hook(keep(f"block{number}.qkv", 1)),
             attention.attn_drop.register_forward_hook(keep(f"block{number}.rel.qk", 0)),
+            block.drop_path1.register_forward_hook(keep(f"block{number}.attn_out", 0)),
+            block.norm2.register_forward_hook(keep(f"block{number}.mid", 0)),
+            block.drop_path2.register_forward_hook(keep(f"block{number}.mlp_out", 0)),
         ]
     model(images)
     for handle in handles:
@@ -120,7 +132,7 @@ def test_taps_equal_timm_s_own_forwards(variant: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("variant", [*VARIANTS, "gated", "narrow-heads"])
 def test_attention_taps_equal_what_hooks_see(variant: str) -> None:
-    """The QKV layer's input and output, and the softmax inside timm's unfused attention, whatever surrounds them."""
+    """The QKV layer's input and output, the softmax inside timm's unfused attention, and what the block then adds."""
     model = vit(**VARIANTS.get(variant, {}))
     model = {"gated": gated, "narrow-heads": narrow}.get(variant, lambda same: same)(model)
     images = pictures()
@@ -190,6 +202,8 @@ def test_only_values_can_be_cut_into_other_heads_under_a_qk_norm() -> None:
         (["block2.rel.vv"], 1, 0),
         (["block2.rel.qk", "block2.out"], 2, 0),
         (["block1.attn_in"], 0, 0),
+        (["block2.attn_out"], 1, 0),
+        (["block2.mlp_out", "block2.mid"], 1, 0),
         (["final"], 3, 1),
         (["block1.out", "pooled"], 3, 1),
         ([], 0, 0),
@@ -212,6 +226,26 @@ def test_nothing_after_the_last_tap_runs(names: list[str], blocks: int, norm: in
         }
         inner = {int(n[5]) for n in names if n.startswith("block") and not n.endswith(".out")}
         assert touched == {*range(1, blocks + 1)} | inner
+
+
+@pytest.mark.parametrize(("names", "mlps"), [(["attn_out"], 0), (["mid"], 0), (["mlp_out"], 1), (["mid", "out"], 1)])
+def test_a_branch_tap_runs_the_mlp_only_where_it_is_needed(names: list[str], mlps: int) -> None:
+    model, called = vit(), []
+    model.blocks[0].mlp.register_forward_hook(lambda *_: called.append(1))
+    forward_taps(model, pictures(), [f"block1.{name}" for name in names])
+    assert len(called) == mlps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["plain", "layer-scale"])
+def test_branch_taps_change_nothing_that_follows(variant: str) -> None:
+    """The branches add up to the block's output, and a block that is read inside gives what timm's gives, bit for bit."""
+    model, images = vit(**VARIANTS[variant]), pictures()
+    names = ["block1.out", "block2.attn_out", "block2.mid", "block2.mlp_out", "block2.out", "final"]
+    found = {name: sequence(value) for name, value in forward_taps(model, images, names).items()}
+    assert torch.equal(found["block1.out"] + found["block2.attn_out"], found["block2.mid"])
+    assert torch.equal(found["block2.mid"] + found["block2.mlp_out"], found["block2.out"])
+    assert torch.equal(found["final"], model.forward_features(images))
 
 
 def test_gradients_are_those_of_timm() -> None:
@@ -253,12 +287,65 @@ def test_keeping_every_token_changes_nothing() -> None:
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["plain", "registers", "no-class-token", "clip"])
+def test_dropped_tokens_are_not_gone_on_with(variant: str) -> None:
+    """After block 1 three patch tokens are left, after block 2 all of them stay; a block's own output is whole."""
+    model, images = vit(**VARIANTS[variant]), pictures()
+    prefix = model.num_prefix_tokens
+    positions = torch.tensor([[0, 3, 9], [2, 7, 15]])
+    asked: list[tuple[int, tuple[int, ...]]] = []
+
+    def drop(block: int, tokens: Tokens) -> Tensor | None:
+        asked.append((block, tuple(tokens.patches.shape[:2])))
+        return positions if block == 1 else None
+
+    names = ["block1.out", "block2.attn_in", "block2.rel.qk", "block3.out", "final"]
+    found = forward_taps(model, images, names, drop=drop)
+    assert asked == [(1, (2, 16)), (2, (2, 3)), (3, (2, 3))]
+    whole = forward_taps(model, images, ["block1.out"])["block1.out"]
+    assert torch.equal(sequence(found["block1.out"]), sequence(whole))
+    x = sequence(whole)
+    x = torch.stack([torch.cat([row[:prefix], row[prefix:][kept]]) for row, kept in zip(x, positions, strict=True)])
+    assert torch.equal(sequence(found["block2.attn_in"]), model.blocks[1].norm1(x))
+    assert found["block2.rel.qk"].shape[-2:] == (prefix + 3, prefix + 3)  # type: ignore[union-attr]
+    for block in model.blocks[1:]:
+        x = block(x)
+    assert torch.equal(sequence(found["block3.out"]), x)
+    assert torch.equal(sequence(found["final"]), model.norm(x))
+
+
+@torch.no_grad()
+def test_dropping_composes_with_a_mask_and_with_itself() -> None:
+    """Positions are among the tokens that are left, so stages nest."""
+    model, images = vit(), pictures()
+    keep = torch.tensor([[0, 3, 9, 11], [2, 7, 8, 15]])
+    stages = {1: torch.tensor([[0, 2, 3], [1, 2, 3]]), 2: torch.tensor([[1], [0]])}
+    found = forward_taps(model, images, ["final"], keep, lambda block, tokens: stages.get(block))
+    x = embed_tokens(model, images, torch.gather(keep, 1, stages[1]))
+    assert x.shape == (2, 4, 24)
+    assert found["final"].patches.shape == (2, 1, 24)  # type: ignore[union-attr]
+    left = torch.gather(torch.gather(keep, 1, stages[1]), 1, stages[2])
+    assert left.tolist() == [[9], [7]]
+    assert torch.equal(gather_patches(x, stages[2], 1)[:, 1:], embed_tokens(model, images, left)[:, 1:])
+
+
+@torch.no_grad()
+def test_nothing_is_dropped_after_the_last_tap() -> None:
+    """Its taps hold what the block ran on, and a scorer that reads nothing further is not called."""
+    called: list[int] = []
+    forward_taps(vit(), pictures(), ["block2.out"], drop=lambda block, tokens: called.append(block))
+    assert called == [1]
+
+
 # Names
 
 
 @given(
     block=st.integers(1, 9999),
-    what=st.sampled_from(["out", "attn_in", "qkv", "rel.qk", "rel.vv", "rel.qq", "rel.kk"]),
+    what=st.sampled_from(
+        ["out", "attn_in", "qkv", "attn_out", "mid", "mlp_out", "rel.qk", "rel.vv", "rel.qq", "rel.kk"]
+    ),
     heads=st.none() | st.integers(1, 9999),
 )
 def test_every_name_of_the_grammar_parses_to_its_parts(block: int, what: str, heads: int | None) -> None:
@@ -311,6 +398,17 @@ class OwnAttention(Attention):
 
 class OwnBlock(Block):
     """May do anything."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tap", ["attn_out", "mid", "mlp_out"])
+def test_branches_need_a_plain_block_but_not_a_plain_attention(tap: str) -> None:
+    """Blocks that add otherwise are refused; a plain block around an attention of its own is read."""
+    with pytest.raises(UsageError, match=r"block1 is a ParallelScalingBlock.*one after the other; tap block1\.out"):
+        forward_taps(vit(block_fn=ParallelScalingBlock), pictures(), [f"block1.{tap}"])
+    model = vit(attn_layer=OwnAttention)
+    found = forward_taps(model, pictures(), [f"block1.{tap}", "final"])
+    assert torch.equal(sequence(found["final"]), model.forward_features(pictures()))
 
 
 @torch.no_grad()

@@ -6,15 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, mse_loss
 
 from hdcache.backbones import create_vit
-from hdcache.distill.tinymim import TinyMIM, TinyMIMHeads
+from hdcache.distill.mae import MAE
+from hdcache.distill.recipes import get_recipe
+from hdcache.distill.tinymim import TinyMIM, TinyMIMHeads, restricted
 from hdcache.errors import UsageError
-from hdcache.schema import Preprocessing, TeacherCard
-from hdcache.taps import Tokens, forward_taps
+from hdcache.relations import relation, split_heads
+from hdcache.schema import MaskSpec, Preprocessing, TeacherCard
+from hdcache.taps import Tokens, forward_taps, gather_patches
 from hdcache.targets import default_block
 
 CARD = TeacherCard(
@@ -51,7 +56,7 @@ def loss_between(objective: TinyMIM, student: nn.Module, teacher: nn.Module, car
     images = normal(2, 3, 16, 16)
     with torch.no_grad():
         targets = forward_taps(teacher, images, heads.targets)
-    batch: Any = SimpleNamespace(images=images, targets={"mae": targets})
+    batch: Any = SimpleNamespace(images=images, ids=["a", "b"], epoch=0, targets={"mae": targets})
     return objective.loss(batch, objective.forward(student, batch, heads, seed=0), heads)
 
 
@@ -186,6 +191,180 @@ def test_class_token_loss_is_the_kl_of_softmaxed_class_tokens() -> None:
     torch.testing.assert_close(objective.loss(batch, {"final": student}, heads)["class_token"], expected)
 
 
+# Ablations
+
+
+DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+HALF = MAE(mask_ratio=0.5, **DECODER)
+ABLATIONS: dict[str, TinyMIM] = {
+    "qq-kk-vv": TinyMIM(relations=("qq", "kk", "vv")),
+    "scores": TinyMIM(softmax=False),
+    "scores-of-patches": TinyMIM(softmax=False, tokens="patches", heads=2, relations=("vv", "qk", "kk")),
+    "masked": TinyMIM(masked_input=0.5),
+    "masked-patches": TinyMIM(masked_input=0.5, tokens="patches"),
+    "masked-scores": TinyMIM(masked_input=0.5, softmax=False),
+    "masked-features": TinyMIM(masked_input=0.5, strategy="feature", feature="qkv"),
+    "masked-reconstruction": TinyMIM(masked_input=0.5, reconstruction=HALF),
+    "feature-reconstruction": TinyMIM(strategy="feature", masked_input=0.5, reconstruction=HALF),
+    "class-token-reconstruction": TinyMIM(strategy="class-token", masked_input=0.5, reconstruction=HALF),
+    **{
+        f"feature-{tensor}": TinyMIM(strategy="feature", feature=tensor, teacher_block=2)
+        for tensor in ("out", "attn_in", "qkv", "attn_out", "mid", "mlp_out")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_trains_the_student(name: str) -> None:
+    """Its parts are those it promises, each reaches the student alone, and steps along the gradient lower their sum."""
+    objective, student = ABLATIONS[name], vit()
+    teacher = vit(1, embed_dim=32, depth=4, num_heads=4)
+    heads = build(objective, student)
+    images = normal(2, 3, 16, 16)
+    with torch.no_grad():
+        targets = forward_taps(teacher, images, heads.targets)
+    batch: Any = SimpleNamespace(images=images, ids=["a", "b"], epoch=3, targets={"mae": targets})
+    trained = [*student.parameters(), *heads.parameters()]
+    optimizer = torch.optim.Adam([p for p in trained if p.requires_grad], lr=3e-3)
+    sums = []
+    for _ in range(4):
+        losses = objective.loss(batch, objective.forward(student, batch, heads, seed=0), heads)
+        assert tuple(losses) == objective.parts()
+        for value in losses.values():
+            assert value.shape == ()
+            (grad,) = torch.autograd.grad(value, student.blocks[0].attn.qkv.weight, retain_graph=True)  # type: ignore[index, union-attr]
+            assert grad.abs().sum() > 0
+        loss = sum(losses.values(), torch.zeros(()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sums.append(loss.item())
+    assert sums[-1] < sums[0]
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@given(
+    seed=st.integers(0, 99),
+    prefix=st.integers(0, 3),
+    keep=st.booleans(),
+    kind=st.sampled_from(["qk", "vv"]),
+    data=st.data(),
+)
+def test_a_masked_relation_is_the_softmax_over_visible_keys(
+    seed: int, prefix: int, keep: bool, kind: str, data: st.DataObject
+) -> None:
+    """Cutting a finished relation down equals cutting the teacher's QKV down before the softmax."""
+    count = 9
+    shown = [sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=4, max_size=4))) for _ in range(2)]
+    visible = torch.tensor(shown)
+    qkv = 3 * normal(2, prefix + count, 24, seed=seed)
+    parts = dict(zip("qkv", split_heads(qkv, 2), strict=True))
+    found = restricted(relation(parts[kind[0]], parts[kind[1]]), prefix, keep, visible)
+    few = gather_patches(qkv, visible, prefix)
+    parts = dict(zip("qkv", split_heads(few if keep else few[:, prefix:], 2), strict=True))
+    torch.testing.assert_close(found, relation(parts[kind[0]], parts[kind[1]]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_masked_loss_is_the_loss_between_visible_tokens(softmax: bool) -> None:
+    """The student runs on the visible patches; the teacher's QKV, which saw all, is compared at those tokens only."""
+    student, teacher = vit(), vit(1, embed_dim=32, depth=4, num_heads=4)
+    objective = TinyMIM(masked_input=0.75, softmax=softmax)
+    losses = loss_between(objective, student, teacher, CARD)
+    images = normal(2, 3, 16, 16)
+    batch: Any = SimpleNamespace(images=images, ids=["a", "b"], epoch=0)
+    visible = objective.forward(student, batch, build(objective, student), seed=0)["visible"]
+    assert isinstance(visible, Tensor)
+    assert visible.shape == (2, 4)
+    with torch.no_grad():
+        s = forward_taps(student, images, ("block3.qkv",), keep=visible)["block3.qkv"]
+        t = forward_taps(teacher, images, ("block4.qkv",))["block4.qkv"]
+    assert isinstance(s, Tokens)
+    assert isinstance(t, Tokens)
+    cut_s, cut_t = split_heads(s.sequence(), 4), split_heads(gather_patches(t.sequence(), visible, 1), 4)
+    for kind, (rows, columns) in {"qk": (0, 1), "vv": (2, 2)}.items():
+        scores_s = cut_s[rows] @ cut_s[columns].mT / math.sqrt(6)
+        scores_t = cut_t[rows] @ cut_t[columns].mT / math.sqrt(8)
+        p, q = scores_t.softmax(-1), scores_s.softmax(-1)
+        expected = (p * (p / q).log()).sum(-1).mean() if softmax else mse_loss(scores_s, scores_t)
+        torch.testing.assert_close(losses[kind], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_clips_are_masked_in_tubes() -> None:
+    """Students of clips see the same cells in every temporal slot, as MAE's clip decoder expects."""
+    objective = TinyMIM(masked_input=0.5, reconstruction=HALF)
+    student, teacher = vit(frames=4), vit(1, frames=4, embed_dim=32, depth=4, num_heads=4)
+    card = CARD.model_copy(update={"slots": 2, "prefix_tokens": 0, "class_token": False})
+    heads, clips = build(objective, student, card), normal(2, 3, 4, 16, 16)
+    with torch.no_grad():
+        targets = {"mae": forward_taps(teacher, clips, heads.targets)}
+    batch: Any = SimpleNamespace(images=clips, ids=["a", "b"], epoch=0, targets=targets)
+    taps = objective.forward(student, batch, heads, seed=0)
+    visible = taps["visible"]
+    assert isinstance(visible, Tensor)
+    assert torch.equal(visible[:, :8] + 16, visible[:, 8:])
+    assert all(torch.isfinite(value) for value in objective.loss(batch, taps, heads).values())
+
+
+def test_what_is_hidden_changes_with_the_epoch_and_the_sample_alone() -> None:
+    objective, student = TinyMIM(masked_input=0.75), vit()
+    heads = build(objective, student)
+
+    def drawn(ids: list[str], epoch: int) -> list[list[int]]:
+        batch: Any = SimpleNamespace(images=normal(2, 3, 16, 16), ids=ids, epoch=epoch)
+        visible = objective.forward(student, batch, heads, seed=0)["visible"]
+        assert isinstance(visible, Tensor)
+        return visible.tolist()  # type: ignore[no-any-return]
+
+    assert drawn(["a", "b"], 0) == drawn(["b", "a"], 0)[::-1]
+    assert drawn(["a", "b"], 0) != drawn(["a", "b"], 1)
+
+
+def test_reconstruction_is_mae_s_on_the_same_visible_patches() -> None:
+    """Part ``pixels`` is what MAE itself computes from the student's tokens and the same mask."""
+    objective, student = TinyMIM(masked_input=0.5, reconstruction=HALF), vit()
+    heads = build(objective, student)
+    assert heads.decoder is not None
+    assert objective.last_trained(3) == "final", "the decoder trains the whole student"
+    batch: Any = SimpleNamespace(images=normal(2, 3, 16, 16), ids=["a", "b"], epoch=0)
+    taps = objective.forward(student, batch, heads, seed=0)
+    visible, hidden = taps["visible"], taps["hidden"]
+    assert isinstance(visible, Tensor)
+    assert isinstance(hidden, Tensor)
+    assert not hidden.gather(1, visible).any()
+    assert hidden.sum(1).tolist() == [8, 8]
+    seen = forward_taps(student, batch.images, ("final",), keep=visible)["final"]
+    alone = HALF.loss(batch, {"prediction": heads.decoder(seen, visible), "hidden": hidden}, heads.decoder)
+    relations = {"mae": dict.fromkeys(heads.targets, torch.full((2, 4, 17, 17), 1 / 17))}
+    found = objective.loss(SimpleNamespace(images=batch.images, targets=relations), taps, heads)  # type: ignore[arg-type]
+    torch.testing.assert_close(found["pixels"], alone["pixels"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "target"),
+    [
+        (TinyMIM(softmax=False, relations=("qq",), heads=8), "block4.qkv"),
+        (TinyMIM(strategy="feature", feature="attn_out"), "block4.attn_out"),
+        (TinyMIM(strategy="feature", feature="mid", teacher_block=3), "block3.mid"),
+        (TinyMIM(strategy="class-token", feature="mlp_out"), "block4.mlp_out"),
+    ],
+)
+def test_targets_of_ablations(objective: TinyMIM, target: str) -> None:
+    assert objective.wants({"mae": CARD}) == {"mae": (target,)}
+
+
+def test_a_recipe_turns_ablations_on_field_by_field() -> None:
+    changes = {"objective.masked_input": "0.75", "objective.reconstruction.decoder_depth": "2", "weights.pixels": "0.5"}
+    recipe = get_recipe("tinymim-b", changes)
+    assert isinstance(recipe.objective, TinyMIM)
+    assert recipe.objective.reconstruction == MAE(decoder_depth=2)
+    assert recipe.loss_weights() == {"qk": 1, "vv": 1, "pixels": 0.5}
+    with pytest.raises(
+        UsageError, match=r"unknown field 'objective\.reconstruction\.decoder_dept'; did you mean 'decoder_depth'"
+    ):
+        get_recipe("tinymim-b", {"objective.reconstruction.decoder_dept": 2})
+
+
 # What cannot be meant
 
 
@@ -199,6 +378,17 @@ def test_class_token_loss_is_the_kl_of_softmaxed_class_tokens() -> None:
         ({"strategy": "feature", "heads": 4}, "heads is set, but strategy 'feature' has no heads; set heads to null"),
         ({"student_block": 1}, "student_block 1 would train no block at all; relations need student_block 2 or later"),
         ({"strategy": "feature", "feature": "final", "teacher_block": 2}, "teacher_block is set, but feature 'final'"),
+        (
+            {"strategy": "feature", "softmax": False},
+            "softmax is false, but strategy 'feature' has no relations; set softmax",
+        ),
+        ({"reconstruction": MAE()}, r"hides 0\.75 of the patches, but masked_input is None; .* set masked_input and"),
+        ({"reconstruction": MAE(), "masked_input": 0.5}, r"but masked_input is 0\.5; one forward serves both"),
+        (
+            {"reconstruction": MAE(mask="tube"), "masked_input": 0.75},
+            "reconstruction.mask is set, but masked_input draws the mask; set it to null",
+        ),
+        ({"masked_input": 1.0}, "less than 1"),
         ({"colour": 1}, "Extra inputs are not permitted"),
     ],
 )
@@ -213,6 +403,17 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], message: 
         (TinyMIM(), {}, r"needs exactly one teacher, but there are 0 \(none\); set objective.teacher=NAME"),
         (TinyMIM(), {"b": CARD, "a": CARD}, r"there are 2 \(a, b\); set objective.teacher=NAME"),
         (TinyMIM(teacher="maee"), {"mae": CARD}, "no teacher 'maee'; did you mean 'mae'"),
+        (
+            TinyMIM(),
+            {"mae": CARD.model_copy(update={"mask": MaskSpec(kind="tube", ratio=0.75)})},
+            r"teacher 'mae' ran on its visible tokens only \(tube mask of 0\.75\).*extract the teacher without a mask",
+        ),
+        (
+            TinyMIM(softmax=False),
+            {"mae": CARD.model_copy(update={"qk_norm": True})},
+            r"teacher 'mae' normalises queries and keys.*set objective\.softmax=true, or objective\.relations=\[vv\]",
+        ),
+        (TinyMIM(softmax=False, teacher_block=5), {"mae": CARD}, "teacher_block is 5, but teacher 'mae' has 4 blocks"),
         (TinyMIM(teacher_block=5), {"mae": CARD}, "teacher_block is 5, but teacher 'mae' has 4 blocks; choose 1 to 4"),
     ],
 )
@@ -237,6 +438,19 @@ def test_student_block_that_is_not_there() -> None:
         ),
         (TinyMIM(), {}, {"grid": (8, 4)}, r"img_size=\[32, 16\]"),
         (TinyMIM(), {}, {"prefix_tokens": 5}, "4x4 patch . 5 prefix tokens; set objective.tokens=patches"),
+        (TinyMIM(), {}, {"slots": 8}, "has 4x4 patch .* and teacher 'mae' 8 slots of 4x4.*networks of as many frames"),
+        (
+            TinyMIM(masked_input=0.01),
+            {},
+            {},
+            r"objective\.masked_input 0\.01 of 16 cells hides 0 and leaves 16 visible",
+        ),
+        (
+            TinyMIM(masked_input=0.5, reconstruction=MAE(mask_ratio=0.5, decoder_heads=3)),
+            {},
+            {},
+            r"objective\.reconstruction\.decoder_heads 3",
+        ),
         (TinyMIM(strategy="feature"), {}, {"grid": (8, 8)}, "strategy 'feature' compares token with token"),
         (
             TinyMIM(heads=5),

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from hdcache.distill.student import build_student
 from hdcache.distill.trainer import (
     autocast_precision,
     build_optimizer,
-    forget_after,
     one_step,
     train,
     update_average,
 )
 from hdcache.errors import HdcacheError, Interrupted
+from hdcache.schema import Preprocessing
 from hdcache.taps import Tokens
 
 Make = Callable[..., Recipe]
@@ -175,17 +176,6 @@ def test_states_are_saved_as_often_as_asked(
     monkeypatch.setattr(trainer, "save_state", lambda folder, position, *_: saved.append(position.epoch))
     run(small_recipe(epochs=5, save_every_epochs=2), tmp_path / "a", tiny_store)
     assert saved == [2, 4, 5]
-
-
-def test_lines_of_steps_to_come_and_torn_lines_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert forget_after(path, 5) is None
-    entries = [{"step": step, "loss": step / 10} for step in (1, 5, 10)]
-    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries) + '{"step": 1')
-    assert forget_after(path, 7) == 0.5
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 5]
-    assert forget_after(path, 0) is None
-    assert path.read_text() == ""
 
 
 # Several processes
@@ -465,6 +455,134 @@ def test_a_learning_rate_that_is_far_too_high(tiny_store: Path, tmp_path: Path, 
     with pytest.raises(HdcacheError, match=r"the loss is nan at step \d; .*in a new --out folder"):
         run(small_recipe(lr=1e30, warmup_epochs=0), tmp_path / "a", tiny_store)
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path / "a"))
+
+
+# Measurements on the way
+
+
+class Recorder:
+    """A monitor that notes what it is given; its answer is a function of the weights."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.weights: list[bytes] = []
+
+    def __call__(self, student: nn.Module, preprocessing: Preprocessing, last_trained: str) -> dict[str, float]:
+        assert (preprocessing.size, last_trained) == (32, "block2.out")
+        weight: torch.Tensor = student.get_parameter("blocks.0.attn.qkv.weight")
+        self.weights.append(weight.detach().numpy().tobytes())
+        return {"block2.out": float(weight.detach().double().sum()), "block1.out": 50.0}
+
+
+def measured(folder: Path) -> list[tuple[int, int, dict[str, float]]]:
+    return [(line["epoch"], line["step"], line["knn"]) for line in lines(folder) if "knn" in line]
+
+
+def test_measurements_are_logged_and_change_nothing(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    """Before the first step, after every second epoch and after the last; losses and weights as without."""
+    recipe = small_recipe(epochs=5)
+    monitor = Recorder()
+    plain = run(recipe, tmp_path / "plain", tiny_store)
+    result = run(recipe, tmp_path / "a", tiny_store, monitor=monitor, monitor_every=2)
+    found = measured(tmp_path / "a")
+    assert [(epoch, step) for epoch, step, _ in found] == [(0, 0), (2, 8), (4, 16), (5, 20)]
+    assert all(list(knn) == ["block2.out", "block1.out"] for _, _, knn in found)
+    assert len(set(monitor.weights)) == 4
+    assert [line for line in lines(tmp_path / "a") if "loss" in line and line["step"] == 20]
+    assert [(e["step"], e["loss"]) for e in lines(tmp_path / "a") if "loss" in e] == losses(tmp_path / "plain")
+    assert weights(tmp_path / "a") == weights(tmp_path / "plain")
+    assert result["loss"] == plain["loss"]
+    events = next((tmp_path / "a" / "tensorboard").glob("events.out.tfevents.*")).read_bytes()
+    assert b"knn/block1.out" in events
+
+
+def test_the_averaged_student_is_measured_where_there_is_one(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make
+) -> None:
+    monitor = Recorder()
+    run(small_recipe(ema=0.9), tmp_path / "a", tiny_store, monitor=monitor)
+    for name, same in (("a/ema", True), ("a", False)):
+        written = load_file(tmp_path / name / "student.safetensors")["blocks.0.attn.qkv.weight"]
+        assert (written.numpy().tobytes() == monitor.weights[-1]) is same
+
+
+def test_a_resumed_run_measures_what_is_missing_and_nothing_twice(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in an epoch, at the last step of one, and inside a measurement (its state is safe by then)."""
+    recipe = small_recipe(epochs=4)
+    run(recipe, tmp_path / "whole", tiny_store, monitor=Recorder())
+    for stop_after in (2, 2):  # step 2; then step 4, the last of its epoch
+        taken: list[int] = []
+
+        def signalled(*rest: Any, taken: list[int] = taken, stop_after: int = stop_after) -> Any:
+            taken.append(1)
+            if len(taken) == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return one_step(*rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "one_step", signalled)
+            with pytest.raises(Interrupted):
+                run(recipe, tmp_path / "a", tiny_store, monitor=Recorder())
+        stopping._received.clear()
+    assert [step for _, step, _ in measured(tmp_path / "a")] == [0]
+
+    class Broken(Recorder):
+        def __call__(self, *given: Any) -> dict[str, float]:
+            if len(self.weights) == 1:
+                raise KeyboardInterrupt
+            return super().__call__(*given)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "a", tiny_store, monitor=Broken())
+    assert [step for _, step, _ in measured(tmp_path / "a")] == [0, 4]
+    rest = run(recipe, tmp_path / "a", tiny_store, monitor=Recorder())
+    assert rest["resumed_at"] == 8
+    assert measured(tmp_path / "a") == measured(tmp_path / "whole")
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    silent = Recorder()
+    run(recipe, tmp_path / "a", tiny_store, monitor=silent)
+    assert not silent.weights, "a finished run that was measured is left as it is"
+    run(recipe, tmp_path / "plain", tiny_store)
+    before = (tmp_path / "plain" / "run.json").read_bytes()
+    run(recipe, tmp_path / "plain", tiny_store, monitor=Recorder())
+    assert measured(tmp_path / "plain") == measured(tmp_path / "whole")[-1:], "one that was not, at its end"
+    assert (tmp_path / "plain" / "run.json").read_bytes() == before
+
+
+def test_measuring_time_is_not_training_time(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
+    def slow(*_: object) -> dict[str, float]:
+        time.sleep(1)
+        return {"final": 1.0}
+
+    began = time.monotonic()
+    result = run(small_recipe(), tmp_path / "a", tiny_store, monitor=slow)
+    busy = time.monotonic() - began - 3  # three measurements
+    assert result["seconds"] < busy
+    assert all(line["samples_per_second"] > 16 / busy for line in lines(tmp_path / "a") if "loss" in line)
+
+
+MONITORED = """
+import os, sys
+from hdcache.distill.run import distill
+from hdcache.distill.settings import Recipe
+recipe, out, store = sys.argv[1:]
+def monitor(student, preprocessing, last_trained):
+    print("measured by rank", os.environ["RANK"], flush=True)
+    return {"final": float(next(student.parameters()).detach().sum())}
+distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=1, monitor=monitor)
+"""
+
+
+def test_one_of_several_processes_measures(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, python: Python
+) -> None:
+    recipe = small_recipe()
+    ended = together(python, MONITORED, recipe.model_dump_json(), tmp_path / "two", tiny_store)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert [output.count("measured by rank") for _, output in ended] == [3, 0], ended
+    assert [(epoch, step) for epoch, step, _ in measured(tmp_path / "two")] == [(0, 0), (1, 4), (2, 8)]
 
 
 # Arithmetic

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from hdcache.errors import UsageError
+from hdcache.errors import UnreadableImage, UsageError
 from hdcache.schema import ViewSpec
-from hdcache.views import PRESETS, center_box, draw, parse_views, render, row_order
+from hdcache.views import PRESETS, center_box, draw, draw_frames, parse_views, render, row_order
 
 sides = st.one_of(st.integers(1, 12), st.integers(1, 20_000))
 shares = st.floats(1e-6, 1)
@@ -28,7 +31,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     height=sides,
     scale=st.tuples(shares, shares).map(sorted),
     ratio=st.tuples(ratios, ratios).map(sorted),
-    kind=st.sampled_from(["random-resized-crop", "center-crop", "resize"]),
+    kind=st.sampled_from(["random-resized-crop", "multi-scale-crop", "center-crop", "resize"]),
     view=st.integers(0, 5),
     name=st.text(max_size=6),
 )
@@ -59,6 +62,95 @@ def test_recorded_views_that_no_release_may_change() -> None:
     """Boxes that stores of format 1 hold."""
     assert draw(parse_views("mae"), "a.png", 0, 640, 480) == ((297, 80, 320, 357), True)
     assert row_order(6, 0, 1).tolist() == [3, 0, 5, 1, 4, 2]
+    clip = parse_views("videomae")
+    assert draw(clip, "a.mp4", 0, 640, 480) == ((0, 0, 420, 480), False)
+    assert draw_frames(clip, "a.mp4", 0, 300)[0] == 11
+
+
+def test_multi_scale_boxes_are_those_of_the_released_code() -> None:
+    """GroupMultiScaleCrop of VideoMAE and AMD, spelled out: 10 pairs of sides, 13 places each, all equally likely."""
+    sides = [480, 420, 360, 316]
+    expected = set()
+    for i, across in enumerate(sides):
+        for j, down in enumerate(sides):
+            if abs(i - j) <= 1:
+                right, below = (640 - across) // 4, (480 - down) // 4
+                corners = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2)]
+                more = [(0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
+                expected |= {(x * right, y * below, across, down) for x, y in corners + more}
+    spec = parse_views("videomae")
+    drawn = Counter(draw(spec, str(number), 0, 640, 480) for number in range(13_000))
+    assert {box for box, flip in drawn} == expected
+    assert not any(flip for _, flip in drawn)
+    shapes = Counter(box[2:] for box, _ in drawn.elements())
+    assert len(shapes) == 10
+    # 1,300 of each are expected; 5 sigma.
+    assert all(abs(count - 1300) < 5 * (1300 * 0.9) ** 0.5 for count in shapes.values())
+
+
+@settings(max_examples=200)
+@given(
+    frames=st.integers(1, 32),
+    stride=st.integers(1, 8),
+    spare=st.integers(0, 300),
+    kind=st.sampled_from(["random-resized-crop", "multi-scale-crop", "center-crop", "resize"]),
+    view=st.integers(-3, 3),
+)
+def test_frames_of_a_clip_lie_inside_the_video(frames: int, stride: int, spare: int, kind: str, view: int) -> None:
+    spec = ViewSpec.model_validate({"kind": kind, "frames": frames, "stride": stride})
+    span = (frames - 1) * stride + 1
+    found = draw_frames(spec, "a", view, span + spare)
+    assert found == tuple(range(found[0], found[0] + span, stride))
+    assert len(found) == frames
+    assert 0 <= found[0] <= spare
+    assert draw_frames(spec, "a", view, span + spare) == found
+    if kind in ("center-crop", "resize"):
+        assert found[0] == spare // 2
+
+
+def test_starts_of_clips_are_uniform_and_independent_of_the_box() -> None:
+    spec = parse_views("videomae?frames=4&stride=2")
+    starts = Counter(draw_frames(spec, str(number), 0, 16)[0] for number in range(5000))
+    assert starts.keys() == set(range(10))
+    assert all(abs(count - 500) < 5 * 450**0.5 for count in starts.values())
+    names = [str(number) for number in range(5000) if draw_frames(spec, str(number), 0, 16)[0] == 0]
+    shares = Counter(draw(spec, name, 0, 640, 480)[0][2:] for name in names)
+    assert len(shares) == 10, "every shape of box occurs beside one start"
+    for changed in (
+        draw_frames(spec, "a", 1, 10_000),
+        draw_frames(spec.model_copy(update={"seed": 1}), "a", 0, 10_000),
+    ):
+        assert changed != draw_frames(spec, "a", 0, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("views", "count", "advice"),
+    [
+        (
+            "videomae",
+            60,
+            r"v: 60 frames, but a clip of 16 frames at stride 4 spans 61; use a smaller stride \(\?stride=3 ",
+        ),
+        (
+            "videomae",
+            16,
+            r"16 frames, but a clip of 16 frames at stride 4 spans 61; use a smaller stride \(\?stride=1 ",
+        ),
+        (
+            "videomae",
+            15,
+            r"15 frames, but .* spans 61; use fewer frames \(\?frames=15 after the name of the views\), or leave",
+        ),
+        ("clip-center?frames=2&stride=9", 9, r"9 frames, but a clip of 2 frames at stride 9 spans 10; .*\?stride=8 "),
+    ],
+)
+def test_a_video_shorter_than_the_clip_names_what_would_fit(views: str, count: int, advice: str) -> None:
+    spec = parse_views(views)
+    with pytest.raises(UnreadableImage, match=advice):
+        draw_frames(spec, "v", 0, count)
+    stride = re.search(r"stride=(\d)", advice)
+    fitting = {"stride": int(stride[1])} if stride else {"frames": count, "stride": 1}
+    assert draw_frames(spec.model_copy(update=fitting), "v", 0, count)
 
 
 def test_area_and_ratio_are_drawn_from_their_ranges() -> None:
@@ -128,13 +220,16 @@ def test_presets_and_their_options() -> None:
     assert parse_views("mae", 5) == PRESETS["mae"].model_copy(update={"seed": 5})
     asked = parse_views("gentle?flip=0&scale=0.7,1", 2)
     assert asked == PRESETS["gentle"].model_copy(update={"seed": 2, "flip": 0.0, "scale": (0.7, 1.0)})
+    clip = parse_views("videomae?stride=2&frames=8")
+    assert (clip.kind, clip.flip, clip.frames, clip.stride) == ("multi-scale-crop", 0.0, 8, 2)
+    assert parse_views("videomae-ssv2") == PRESETS["videomae"].model_copy(update={"stride": 2})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("mea", "unknown views 'mea'; did you mean 'mae'"),
-        ("zzz", "unknown views 'zzz'; choose from: center, gentle, mae, resize"),
+        ("zzz", "unknown views 'zzz'; choose from: center, clip-center, gentle, mae, resize"),
         ("mae?flop=1", r"views 'mae\?flop=1': unknown option 'flop'; did you mean 'flip'"),
         ("mae?kind=resize", "unknown option 'kind'"),
         ("mae?flip", r"views 'mae\?flip': flip: .*valid number"),

@@ -1,0 +1,324 @@
+"""AMD: a small student that sees little learns what a larger masked autoencoder made of more.
+
+Zhao et al.: Asymmetric Masked Distillation for Pre-Training Small Foundation Models (CVPR 2024, arXiv 2311.03149);
+where it and the released code differ, the code (modeling_pretrain.py, engine_for_pretraining_amd.py).
+
+The teacher runs on its visible tokens T alone. The student sees V, a part of T that is drawn anew in every epoch. Its
+projected tokens are aligned with the teacher's at V (direct), a small generator makes of them the teacher's tokens at
+F = T - V (generation), and a decoder makes of its last tokens the pixels of all that it did not see.
+
+Legend: B samples, N patch tokens, T teacher-visible ones, V student-visible, F teacher-visible and hidden from the
+student, D teacher width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
+
+from hdcache.distill.amd_heads import AMDHeads, Counts, Generator, Split, projection, split_visible
+from hdcache.distill.decoder import NormKind, hidden_patches, is_clip_network, pixel_decoder, pixel_targets
+from hdcache.distill.objective import Layout, Objective, Taps, student_layout, teacher_layout
+from hdcache.errors import UsageError, nearest
+from hdcache.masks import visible_count
+from hdcache.schema import MaskSpec, TeacherCard
+from hdcache.taps import Tokens, forward_taps, num_blocks
+
+if TYPE_CHECKING:
+    from hdcache.batch import Batch
+
+Part = Literal["pixels", "direct", "generation"]
+MaskKind = Literal["random", "tube"]
+PARTS: tuple[Part, ...] = ("pixels", "direct", "generation")
+DISTANCES = {"l2": mse_loss, "l1": l1_loss, "smooth_l1": smooth_l1_loss}
+
+
+class AMD(Objective):
+    """Settings of AMD; the objective itself."""
+
+    kind: Literal["amd"] = "amd"
+    """Which objective this is."""
+    teacher: str | None = None
+    """Name of the teacher in the store; null: the only one that was run with teacher_mask_ratio."""
+    teacher_mask_ratio: float = Field(gt=0, lt=1)
+    """Share of the cells that the teacher does not see (released scripts, video: 0.75); no default, since what was
+    used for images is not published."""
+    student_mask_ratio: float = Field(gt=0, lt=1)
+    """Share of the cells that the student does not see (released scripts, video: 0.9); equal to teacher_mask_ratio:
+    symmetric masks, without the part generation."""
+    mask: MaskKind | None = None
+    """What masks hide: random: any tokens; tube: the same cells in every temporal slot (released code,
+    masking_generator.py). null: tube for clips, random for images."""
+    use: tuple[Part, ...] = Field(default=PARTS, min_length=1)
+    """Parts of the loss: pixels (reconstruction), direct (alignment at V), generation (alignment at F); the paper's is
+    all three. Their weights are the recipe's (released code: 1, 1, 1)."""
+    teacher_blocks: tuple[int, ...] | None = None
+    """Aligned blocks of the teacher, from 1. null: the middle and the last (released scripts: 12 and 24)."""
+    student_blocks: tuple[int, ...] | None = None
+    """The student's blocks that are paired with them. null: the middle and the last (released scripts: 6 and 12)."""
+    align: Literal["l2", "l1", "smooth_l1"] = "l2"
+    """Distance of the alignments, averaged over tokens and channels (released scripts: l2)."""
+    generator_depth: int = Field(default=2, ge=1)
+    """Blocks of each generator (released code)."""
+    generator_heads: int | None = Field(default=None, ge=1)
+    """Attention heads of the generators, whose width is the teacher's. null: that width / 64, at least 1 (released code:
+    16 for ViT-L)."""
+    train_mask_tokens: bool = False
+    """Whether the generators' mask tokens are trained. false: they keep their initial values, as in the released code,
+    which holds them in a plain list that no optimizer sees."""
+    decoder_width: int | None = Field(default=None, ge=1)
+    """Channels of the pixel decoder. null: half the student's (released code: 192 for 384, 384 for 768)."""
+    decoder_depth: int = Field(default=4, ge=1)
+    """Blocks of the pixel decoder (released code)."""
+    decoder_heads: int | None = Field(default=None, ge=1)
+    """Attention heads of the pixel decoder. null: decoder_width / 64, at least 1 (released code: 3 and 6)."""
+    norm_pix: bool = True
+    """Whether each target patch is normalised by its own mean and standard deviation (released code)."""
+    norm_kind: NormKind | None = None
+    """channel: over each colour channel of a patch, of pixels in [0, 1] (released code, video); patch: over all its
+    values, of the normalised input (MAE's code). null: channel for clips, patch for images."""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        if len(set(self.use)) != len(self.use):
+            raise ValueError(f"use {list(self.use)} names a part twice")
+        if set(self.use) == {"pixels"}:
+            raise ValueError("use names pixels alone, which needs no teacher; that is objective.kind=mae")
+        if self.student_mask_ratio < self.teacher_mask_ratio:
+            raise ValueError(
+                f"student_mask_ratio {self.student_mask_ratio:g} is below teacher_mask_ratio {self.teacher_mask_ratio:g}, "
+                "but the student sees a part of what the teacher saw; raise it"
+            )
+        if self.student_mask_ratio == self.teacher_mask_ratio and "generation" in self.use:
+            raise ValueError(
+                f"student_mask_ratio and teacher_mask_ratio are both {self.teacher_mask_ratio:g}, which leaves nothing to "
+                'generate; raise student_mask_ratio, or set use to ["pixels", "direct"]'
+            )
+        for name in ("teacher_blocks", "student_blocks"):
+            blocks = getattr(self, name)
+            if blocks is not None and (not blocks or min(blocks) < 1):
+                raise ValueError(f"{name} {list(blocks)} must name at least one block, from 1")
+        return self
+
+    def parts(self) -> tuple[str, ...]:
+        """What ``use`` names, in the order pixels, direct, generation."""
+        return tuple(part for part in PARTS if part in self.use)
+
+    def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
+        """The outputs of the teacher's aligned blocks, on its visible tokens."""
+        name, card = self._teacher(cards)
+        return {name: self._targets(name, card)}
+
+    def student_taps(self, depth: int) -> tuple[str, ...]:
+        """The outputs of the student's aligned blocks, and ``final`` for the decoder."""
+        blocks = self.student_blocks or middle_and_last(depth)
+        if max(blocks) > depth:
+            raise UsageError(
+                f"objective.student_blocks has {max(blocks)}, but the student has {depth} blocks; choose from 1 to {depth}, "
+                "or null for the middle and the last"
+            )
+        return (*(f"block{block}.out" for block in blocks), *(("final",) if "pixels" in self.use else ()))
+
+    def last_trained(self, depth: int) -> str:
+        """``final``, or without pixels the last aligned block."""
+        blocks = self.student_blocks or middle_and_last(depth)
+        return "final" if "pixels" in self.use else f"block{max(blocks)}.out"
+
+    def build(
+        self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
+    ) -> AMDHeads:
+        """One projection (and generator) for each pair of blocks, and the pixel decoder."""
+        name, card = self._teacher(cards)
+        own = student_layout(student)
+        check_layouts(student, name, card)
+        targets = self._targets(name, card)
+        taps = tuple(tap for tap in self.student_taps(num_blocks(student)) if tap != "final")
+        if len(taps) != len(targets):
+            raise UsageError(
+                f"teacher {name!r} is aligned at {', '.join(targets)}, the student at {', '.join(taps)}: they are paired in "
+                "order; give objective.teacher_blocks and objective.student_blocks the same length"
+            )
+        counts = self._counts(name, card)
+        clips = is_clip_network(student)
+        heads = self.generator_heads or max(1, card.width // 64)
+        if "generation" in self.use and card.width % heads:
+            raise UsageError(
+                f"objective.generator_heads {heads} does not divide the generators' width {card.width}, that of teacher "
+                f"{name!r}; choose a divisor"
+            )
+        made = AMDHeads(name, targets, taps, counts)
+        for _ in targets:
+            made.project.append(projection(own.width, card.width, generator))
+            if "generation" in self.use:
+                layout = Layout(own.grid, 0, card.width, own.slots)
+                made.generators.append(
+                    Generator(
+                        layout,
+                        self.generator_depth,
+                        heads,
+                        generator,
+                        clips=clips,
+                        train_mask_token=self.train_mask_tokens,
+                    )
+                )
+        if "pixels" in self.use:
+            width = self.decoder_width or own.width // 2
+            if width % 4 and not clips:
+                raise UsageError(
+                    f"the decoder's width {width}{'' if self.decoder_width else ' (half the student width)'} is not a multiple of "
+                    "4, which its positions need; set objective.decoder_width"
+                )
+            made.decoder = pixel_decoder(
+                student, pixel_targets(student, self.norm_pix, self.norm_kind, "amd"), width, self.decoder_depth,
+                self.decoder_heads or max(1, width // 64), generator, prefix=False, embed_bias=False,
+            )  # fmt: skip
+        return made
+
+    def forward(self, student: nn.Module, batch: Batch, heads: nn.Module, seed: int) -> Taps:
+        """Run the student on a part of the teacher's visible tokens, drawn from (seed, id, epoch)."""
+        assert isinstance(heads, AMDHeads)  # noqa: S101  # programmer invariant: what build returned
+        visible = batch.visible[heads.teacher]
+        drawn = split_visible(batch.ids, batch.epoch, seed, heads.counts)
+        split = Split(*(part.to(visible.device, non_blocking=True) for part in drawn))
+        return self.run(student, batch.images, visible, split, heads)
+
+    def run(self, student: nn.Module, images: Tensor, visible: Tensor, split: Split, heads: AMDHeads) -> Taps:
+        """One forward on ``visible`` int64 [B, T], cut by ``split``.
+
+        Returns ``seen``, ``unseen`` (the split), for each pair of blocks I ``direct.I`` [B, V, D] and ``generated.I``
+        [B, F, D], and ``prediction`` [B, N, C] with ``hidden`` bool [B, N].
+        """
+        seen, unseen = (visible.gather(1, part) for part in split)
+        found = forward_taps(student, images, self.student_taps(num_blocks(student)), keep=seen)
+        out: dict[str, Tensor | Tokens] = split._asdict()
+        for index, tap in enumerate(heads.taps):
+            tokens = found[tap]
+            assert isinstance(tokens, Tokens)  # noqa: S101  # programmer invariant
+            direct = heads.project[index](tokens.patches)
+            out[f"direct.{index}"] = direct
+            if heads.generators:
+                out[f"generated.{index}"] = heads.generators[index](direct, seen, unseen)
+        if heads.decoder is not None:
+            final = found["final"]
+            assert isinstance(final, Tokens)  # noqa: S101
+            out["prediction"] = heads.decoder(Tokens(final.prefix[:, :0], final.patches), seen)
+            out["hidden"] = hidden_patches(seen, student_layout(student).tokens)
+        return out
+
+    def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
+        """Reconstruction, direct and generation alignment; each alignment is the mean over the pairs of blocks."""
+        assert isinstance(heads, AMDHeads)  # noqa: S101  # programmer invariant
+        values = {name: value for name, value in taps.items() if isinstance(value, Tensor)}
+        losses: dict[str, Tensor] = {}
+        if heads.decoder is not None:
+            losses["pixels"] = heads.decoder.error(batch.images, values["prediction"], values["hidden"])
+        for part, made, positions in (("direct", "direct", "seen"), ("generation", "generated", "unseen")):
+            if part not in self.parts():
+                continue
+            errors = []
+            for index, name in enumerate(heads.targets):
+                target = batch.targets[heads.teacher][name]
+                assert isinstance(target, Tokens)  # noqa: S101
+                wanted = at(target.patches.detach().float(), values[positions])
+                errors.append(DISTANCES[self.align](values[f"{made}.{index}"].float(), wanted))
+            losses[part] = torch.stack(errors).mean()
+        return losses
+
+    def _kind(self, slots: int) -> MaskKind:
+        return self.mask or ("tube" if slots > 1 else "random")
+
+    def _fits(self, card: TeacherCard) -> bool:
+        """Whether a teacher was run with the mask that is asked for."""
+        asked = (self._kind(card.slots), self.teacher_mask_ratio)
+        return card.mask is not None and card.mask.kind == asked[0] and math.isclose(card.mask.ratio, asked[1])
+
+    def _teacher(self, cards: Mapping[str, TeacherCard]) -> tuple[str, TeacherCard]:
+        if self.teacher is not None and self.teacher not in cards:
+            raise UsageError(f"no teacher {self.teacher!r}; {nearest(self.teacher, cards)}")
+        asked = cards if self.teacher is None else {self.teacher: cards[self.teacher]}
+        fitting = {name: card for name, card in asked.items() if self._fits(card)}
+        if len(fitting) > 1:
+            raise UsageError(
+                f"objective.teacher is null, but {len(fitting)} teachers were run with objective.teacher_mask_ratio "
+                f"{self.teacher_mask_ratio:g} ({', '.join(sorted(fitting))}); set objective.teacher=NAME"
+            )
+        if not fitting:
+            raise UsageError(self._missing(asked))
+        return next(iter(fitting.items()))
+
+    def _missing(self, asked: Mapping[str, TeacherCard]) -> str:
+        """Why none of these teachers will do, and the command that adds one."""
+        found = [f"{name} with {mask_name(card.mask)}" for name, card in sorted(asked.items())]
+        name, card = min(asked.items(), default=("NAME", None))
+        kind = self._kind(1 if card is None else card.slots)
+        mask = f"--teacher-mask {kind}:{self.teacher_mask_ratio:g}"
+        taps = "".join(f" --tap {tap}" for tap in self._targets(name, card)) if card is not None else ""
+        return (
+            f"no teacher was run with objective.teacher_mask_ratio {self.teacher_mask_ratio:g} under {kind} masks "
+            f"({', '.join(found) or 'there is none'}); add it under another name: 'hdcache extract --store STORE --teacher "
+            f"{name}-{kind}=MODEL {mask}{taps}' and set objective.teacher={name}-{kind}, or with --online and no store give {mask}"
+        )
+
+    def _targets(self, name: str, card: TeacherCard) -> tuple[str, ...]:
+        """The aligned taps of a teacher."""
+        blocks = self.teacher_blocks or middle_and_last(card.depth)
+        if max(blocks) > card.depth:
+            raise UsageError(
+                f"objective.teacher_blocks has {max(blocks)}, but teacher {name!r} has {card.depth} blocks; choose from 1 to "
+                f"{card.depth}, or null for the middle and the last"
+            )
+        return tuple(f"block{block}.out" for block in blocks)
+
+    def _counts(self, name: str, card: TeacherCard) -> Counts:
+        """How the student's tokens are drawn, once both ratios are known to leave some."""
+        kind, cells = self._kind(card.slots), card.grid[0] * card.grid[1]
+        slots = card.slots if kind == "tube" else 1
+        among, seen = (
+            visible_count(MaskSpec(kind=kind, ratio=ratio), cells, card.slots) // slots
+            for ratio in (self.teacher_mask_ratio, self.student_mask_ratio)
+        )
+        if "generation" in self.use and seen == among:
+            raise UsageError(
+                f"objective.student_mask_ratio {self.student_mask_ratio:g} leaves the student all {seen} tokens that teacher "
+                f'{name!r} sees, so that none is left to generate; raise it, or set objective.use to ["pixels", "direct"]'
+            )
+        return Counts(among, seen, slots)
+
+
+def at(tokens: Tensor, positions: Tensor) -> Tensor:
+    """The tokens [B, M, D] of [B, T, D] at ``positions`` int64 [B, M]."""
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def middle_and_last(depth: int) -> tuple[int, ...]:
+    """12 and 24 of 24 blocks, 6 and 12 of 12 (released scripts); one block is both."""
+    return tuple(sorted({max(1, depth // 2), depth}))
+
+
+def mask_name(mask: MaskSpec | None) -> str:
+    """How a teacher's mask is spelt on the command line."""
+    return "no mask" if mask is None else f"{mask.kind}:{mask.ratio:g}"
+
+
+def check_layouts(student: nn.Module, name: str, card: TeacherCard) -> None:
+    """Refuse a student whose patch tokens are not the teacher's, and say which arguments make them so."""
+    own, theirs = student_layout(student), teacher_layout(card)
+    frames = card.preprocessing.frames
+    if (own.grid, own.slots, is_clip_network(student)) == (theirs.grid, theirs.slots, frames is not None):
+        return
+    embed: Any = student.patch_embed
+    sides = [rows * int(p) for rows, p in zip(theirs.grid, embed.patch_size, strict=True)]
+    settings = [f"student.arguments.img_size={sides[0] if sides[0] == sides[1] else sides}"]
+    if frames is None and is_clip_network(student):
+        settings.append("student.arguments.frames=null (the teacher reads still images)")
+    elif frames is not None:
+        settings.append(f"student.arguments.frames={theirs.slots * int(getattr(embed, 'tubelet', 2))}")
+    raise UsageError(
+        f"AMD compares token with token, but the student has {own} and teacher {name!r} {theirs}; set {', '.join(settings)}"
+    )

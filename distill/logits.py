@@ -1,0 +1,133 @@
+"""Soft labels: the student's linear classifier learns the class probabilities of the teacher's.
+
+Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (arXiv 1503.02531), section 2. Stored as the
+few largest log-probabilities of a row (``hdcache extract --tap logits --top-k 10``) as TinyViT does (Wu et al. 2022,
+arXiv 2207.10666, section 3.1), or whole.
+
+Legend: B images, N patch tokens, D width, C classes of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hdcache.distill.objective import Objective, Taps, linear, student_layout
+from hdcache.distill.supervised import check_labels
+from hdcache.errors import UsageError, nearest
+from hdcache.relations import relation_kl
+from hdcache.schema import TeacherCard
+from hdcache.taps import Tokens
+
+if TYPE_CHECKING:
+    from hdcache.batch import Batch
+
+
+class SoftLabelHead(nn.Module):
+    """The student's classifier, and the teacher that it learns from."""
+
+    def __init__(self, teacher: str, classify: nn.Linear) -> None:
+        super().__init__()
+        self.teacher, self.classify = teacher, classify
+
+
+class Logits(Objective):
+    """Settings of distillation by soft labels; the objective itself."""
+
+    kind: Literal["logits"] = "logits"
+    """Which objective this is."""
+    teacher: str | None = None
+    """Name of the teacher in the store; null: the only one there."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both before their softmax (Hinton et al. 2015, section 2); the part is multiplied by its
+    square, so that gradients keep their size. 1 as in TinyViT."""
+    pool: Literal["class-token", "mean"] = "class-token"
+    """What the linear head reads, after the last norm: the class token, or the mean of the patch tokens."""
+    hard_labels: bool = False
+    """Whether the data set's own labels take part too, as part cross_entropy (Hinton et al. 2015, section 2); they must
+    be the teacher's classes in the teacher's order. The factors of both parts are the recipe's weights."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """hard_labels: share of the target probability that is spread over all classes."""
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> Self:
+        if self.label_smoothing and not self.hard_labels:
+            raise ValueError(
+                "label_smoothing is set, but hard_labels is false; set hard_labels=true or label_smoothing=0"
+            )
+        return self
+
+    def parts(self) -> tuple[str, ...]:
+        """``soft_labels``, and ``cross_entropy`` where ``hard_labels`` is set."""
+        return ("soft_labels", "cross_entropy") if self.hard_labels else ("soft_labels",)
+
+    def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
+        """One teacher's ``logits``."""
+        return {self._teacher(cards): ("logits",)}
+
+    def student_taps(self, depth: int) -> tuple[str, ...]:
+        """``final``."""
+        return ("final",)
+
+    def build(
+        self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
+    ) -> SoftLabelHead:
+        """One linear layer from the student's width to the teacher's classes."""
+        name = self._teacher(cards)
+        classes = cards[name].classes
+        if not classes:
+            raise UsageError(
+                f"objective 'logits' needs the class probabilities of teacher {name!r}, which was run without a "
+                f"classifier; add it under another name, from a checkpoint that has one: 'hdcache extract --store STORE "
+                f"--teacher {name}-2=MODEL --tap logits --top-k 10'"
+            )
+        if self.hard_labels and num_classes != classes:
+            raise UsageError(
+                f"objective.hard_labels needs labels that are the teacher's classes, but the data set has {num_classes} "
+                f"and teacher {name!r} {classes}; set objective.hard_labels=false"
+            )
+        layout = student_layout(student)
+        if self.pool == "class-token" and not layout.prefix:
+            raise UsageError("objective.pool is 'class-token', which the student lacks; set objective.pool=mean")
+        return SoftLabelHead(name, linear(layout.width, classes, generator))
+
+    def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
+        """KL(teacher || student) in nats times the temperature squared, and cross-entropy in nats; means over the batch.
+
+        Raises
+        ------
+        UsageError
+            if ``hard_labels`` is set and a sample of the batch has no label (-1).
+        """
+        assert isinstance(heads, SoftLabelHead)  # noqa: S101  # programmer invariant: what build returned
+        tokens, target = taps["final"], batch.targets[heads.teacher]["logits"]
+        assert isinstance(tokens, Tokens)  # noqa: S101
+        assert isinstance(target, Tensor)  # noqa: S101
+        pooled = tokens.prefix[:, 0] if self.pool == "class-token" else tokens.patches.mean(1)
+        logits = heads.classify(pooled).float()
+        teacher = (target.float() / self.temperature).softmax(-1)
+        divergence = relation_kl(teacher, (logits / self.temperature).log_softmax(-1))
+        parts = {"soft_labels": divergence * self.temperature**2}
+        if self.hard_labels:
+            check_labels(batch, self.kind)
+            parts["cross_entropy"] = cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        return parts
+
+    def _teacher(self, cards: Mapping[str, TeacherCard]) -> str:
+        if self.teacher is None:
+            # Other teachers of the store may have been run without a classifier.
+            able = [name for name, card in cards.items() if card.classes] or list(cards)
+            if len(able) != 1:
+                raise UsageError(
+                    f"objective.teacher is null, which needs exactly one teacher with a classifier, but there are "
+                    f"{len(able)} ({', '.join(sorted(able)) or 'none'}); set objective.teacher=NAME"
+                )
+            return able[0]
+        if self.teacher not in cards:
+            raise UsageError(f"no teacher {self.teacher!r}; {nearest(self.teacher, cards)}")
+        return self.teacher

@@ -1,0 +1,85 @@
+"""What an extraction did, as data and as text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hdcache.extract.engine import Timing
+from hdcache.masks import mask_facts, mask_text
+from hdcache.progress import size
+from hdcache.reader import TeacherReader
+from hdcache.schema import TeacherRecord
+from hdcache.store import Store
+
+
+@dataclass
+class ExtractSummary:
+    """What an extraction did."""
+
+    store: str
+    teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per teacher: its mask, rows written now, rows in all, bytes, failed rows, saturated values, seconds, rate,
+    bottleneck, taps, identity, manifests."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Sample id -> reason."""
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def account(store: Store, record: TeacherRecord, timing: Timing, seconds: float, num_views: int) -> dict[str, Any]:
+    """The numbers of one teacher for the summary."""
+    reader = TeacherReader(store, record.name)
+    manifests = {view: reader.manifest(view) for view in range(num_views)}
+    stored = sum(
+        entry.size
+        for view, manifest in manifests.items()
+        for key, entry in manifest.objects.items()
+        if key.startswith(f"teachers/{record.name}/views/{view}/")
+    )
+    return {
+        "mask": mask_facts(record.card),
+        "rows_written": timing.rows,
+        "rows": sum(manifest.rows for manifest in manifests.values()),
+        "bytes": stored,
+        "failed_rows": sum(len(manifest.failed) for manifest in manifests.values()),
+        "saturated": sum(manifest.saturated for manifest in manifests.values()),
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(timing.rows / max(seconds, 1e-9), 1),
+        "bottleneck": timing.bottleneck() if timing.rows else "nothing left to do",
+        "taps": {
+            tap: card.certificate.model_dump(mode="json") | {"encoding": card.encoding}
+            for tap, card in record.taps.items()
+        },
+        "identity": record.identity_digest(),
+        "manifests": {str(view): manifest.digest() for view, manifest in manifests.items()},
+    }
+
+
+def format_summary(summary: ExtractSummary) -> str:
+    """The summary as text, failed images named."""
+    lines = []
+    for name, facts in summary.teachers.items():
+        lines.append(
+            f"{summary.store}: teacher {name}, {facts['rows']:,} rows, {size(facts['bytes'])} "
+            f"({facts['rows_written']:,} rows written at {facts['rows_per_second']:,.0f} rows/s, bottleneck: {facts['bottleneck']})"
+        )
+        if facts["mask"] is not None:
+            lines.append(f"  {mask_text(facts['mask'])}")
+        for tap, seal in facts["taps"].items():
+            lines.append(
+                f"  {tap}: {seal['encoding']}, {seal['bits_per_value']:.2f} bits/value, relative RMSE {100 * seal['relative_rmse']:.2f} %"
+            )
+        if facts["saturated"]:
+            lines.append(
+                f"  {facts['saturated']:,} values were clipped to their integer range; see docs/store-format.md"
+            )
+    if summary.failed:
+        lines.append(
+            f"{len(summary.failed)} images failed and are recorded as failed rows; the same command tries them again:"
+        )
+        lines += [f"  {reason}" for reason in list(summary.failed.values())[:20]]
+        if len(summary.failed) > 20:
+            lines.append(f"  and {len(summary.failed) - 20} more (--json lists all)")
+    return "\n".join(lines)

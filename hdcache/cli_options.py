@@ -1,0 +1,95 @@
+"""What the commands share: their options, how a result is printed, how ``FIELD=VALUE`` is read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def output(command: Command) -> Command:
+    """How much a command says, and in which form."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="More log lines; twice for debugging."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no log lines."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+    ):
+        command = option(command)
+    return command
+
+
+def extraction(command: Command) -> Command:
+    """How teachers are run and what they gave is stored."""
+    for option in reversed(
+        (
+            click.option("--views", help="How views are drawn: mae, supervised, gentle, center, resize; of videos videomae, videomae-ssv2, clip-center.  [default: mae, videomae]"),
+            click.option("--num-views", default=1, show_default=True, help="Views per sample."),
+            click.option("--view-seed", default=0, show_default=True, help="Seed of the views of a new store."),
+            click.option("--fidelity", type=float, help="Relative RMSE to allow (klt encoding).  [default: 0.05]"),
+            click.option("--encoding", help="klt, int8, fp16, bf16, fp32; relations: sqrt8, fp16, fp32; logits: topk."),
+            click.option("--precision", default="auto", show_default=True, help="Teacher arithmetic: auto, bf16, fp32."),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+            click.option("--batch", default=32, show_default=True, help="Images per forward pass."),
+            click.option("--threads", type=int, help="Decoding threads.  [default: the cores]"),
+            click.option("--rows-per-shard", default=256, show_default=True, help="Rows written, and lost, as one."),
+            click.option("--max-failures", type=int, help="Stop when more images than this cannot be read.  [default: never]"),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def teacher_mask(command: Command) -> Command:
+    """Which patch tokens teachers are run on."""
+    for option in (
+        click.option("--teacher-mask-seed", default=0, show_default=True, help="Seed of --teacher-mask."),
+        click.option(
+            "--teacher-mask",
+            metavar="[KIND:]RATIO",
+            help="Share of the patch tokens to hide from teachers: 0.75, random:0.75, tube:0.75.  [default: none]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def prepare(quiet: bool, verbose: int) -> None:
+    """Logging, and signals that stop at a safe point."""
+    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    from hdcache import stopping
+
+    stopping.install()
+
+
+def print_result(result: Any, text: str, as_json: bool) -> None:
+    """``result`` as JSON, or ``text``, on stdout."""
+    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else text)
+
+
+def pairs(values: Sequence[str], option: str) -> dict[str, str]:
+    """``FIELD=VALUE`` texts by field."""
+    found = {}
+    for value in values:
+        key, sign, rest = value.partition("=")
+        if not sign or not key:
+            raise click.UsageError(f"{option} takes FIELD=VALUE, got {value!r}")
+        found[key] = rest
+    return found
+
+
+def stage_pairs(values: Sequence[str], option: str) -> dict[int, dict[str, str]]:
+    """``STAGE:FIELD=VALUE`` texts by stage (from 1) and field."""
+    found: dict[int, dict[str, str]] = {}
+    for value in values:
+        stage, sign, rest = value.partition(":")
+        if not sign or not stage.isascii() or not stage.isdigit():
+            raise click.UsageError(f"{option} takes STAGE:FIELD=VALUE, such as 2:objective.heads=12, got {value!r}")
+        found.setdefault(int(stage), {}).update(pairs([rest], option))
+    return found

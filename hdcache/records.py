@@ -1,0 +1,99 @@
+"""What every record that is stored or typed by a user has in common: frozen, closed, with one canonical spelling.
+
+Nothing here needs torch or zarr. A record that comes from a store is untrusted: unknown fields, wrong types and
+unsafe names are refused while parsing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from hdcache.errors import StoreCorrupt, UsageError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+KEY = re.compile(r"[A-Za-z0-9._@/-]{1,512}")
+# A row beyond this is no feature; it bounds what a hostile record can make a reader allocate.
+MAX_VALUES = 1 << 32
+
+
+class Record(BaseModel):
+    """A frozen record; an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def canonical(self) -> bytes:
+        """The one JSON spelling of this record: sorted keys, no spaces, UTF-8."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """sha256 of :meth:`canonical`, hexadecimal."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    @classmethod
+    def parse(cls, data: object, where: str | Path) -> Self:
+        """Validate ``data`` read from ``where``; :class:`StoreCorrupt` names the first wrong field."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise StoreCorrupt(f"{where}: {first_fault(error)}") from None
+
+
+def canonical_json(value: Any) -> bytes:
+    """Sorted keys, no spaces, UTF-8: equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def first_fault(error: ValidationError) -> str:
+    """One line for the first fault that pydantic found: field, reason, value."""
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in fault["loc"]) or "record"
+    where = (where if where.isprintable() else ascii(where))[:160]  # keys of a hostile record may hold anything
+    value = repr(fault.get("input"))
+    return f"{where}: {fault['msg']} (found {value[:80]})"
+
+
+def check_name(name: str, what: str) -> str:
+    """``name`` if it may be a folder of a store; :class:`UsageError` otherwise."""
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{what} {name!r} may hold only letters, digits, '.', '_', '-', and start with a letter or digit"
+        )
+    return name
+
+
+def check_key(key: str) -> str:
+    """``key`` if it is a safe relative object key (no absolute path, ``..`` or empty segment)."""
+    if not KEY.fullmatch(key) or any(part in ("", ".", "..") for part in key.split("/")):
+        raise ValueError(f"unsafe object key {key!r}")
+    return key
+
+
+def _spellable(value: dict[str, Any]) -> dict[str, Any]:
+    canonical_json(value)  # raises ValueError for NaN, infinities and lone surrogates
+    return value
+
+
+Facts = Annotated[dict[str, Any], AfterValidator(_spellable)]
+"""Free JSON: whatever a library calls its settings."""
+
+
+def differences(asked: Any, found: Any, path: str = "") -> list[str]:
+    """Lines ``path: found -> asked`` for every leaf in which two JSON values differ."""
+    if isinstance(asked, dict) and isinstance(found, dict):
+        lines = []
+        for key in sorted({*asked, *found}):
+            lines += differences(asked.get(key), found.get(key), f"{path}.{key}" if path else str(key))
+        return lines
+    if isinstance(asked, list) and isinstance(found, list) and len(asked) == len(found):
+        return [
+            line
+            for i, (a, f) in enumerate(zip(asked, found, strict=True))
+            for line in differences(a, f, f"{path}[{i}]")
+        ]
+    return [] if asked == found else [f"{path}: the store has {found!r}, asked was {asked!r}"]

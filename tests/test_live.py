@@ -1,0 +1,116 @@
+"""Which teachers a run may learn from, and which of them run in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hdcache.distill.live import choose_teachers, named_teachers, stored_teachers, teacher_cards
+from hdcache.distill.recipes import get_recipe
+from hdcache.distill.run import distill
+from hdcache.distill.settings import Recipe
+from hdcache.distill.tinymim import TinyMIM
+from hdcache.errors import StoreMismatch, UsageError
+from hdcache.schema import MaskSpec
+from hdcache.store import Store
+
+CPU = torch.device("cpu")
+AMD: dict[str, Any] = {
+    "objective.teacher_mask_ratio": 0.5, "objective.student_mask_ratio": 0.75, "objective.teacher_blocks": [3],
+    "objective.student_blocks": [3], "objective.decoder_width": 16, "objective.decoder_heads": 2,
+    "student.arguments": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3},
+    "epochs": 1, "batch_size": 8, "warmup_epochs": 0, "log_every": 1,
+}  # fmt: skip
+
+
+def test_a_store_alone_runs_nothing(tiny_store: Path, small_recipe: Callable[..., Recipe]) -> None:
+    cards, wanted, live = choose_teachers(small_recipe(), Store.open(tiny_store), [], CPU, online=False)
+    assert list(cards) == ["t"]
+    assert wanted == {"t": ("block3.rel.qk", "block3.rel.vv")}
+    assert live == {}
+
+
+def test_a_store_s_teachers_run_from_where_they_came_or_from_where_they_are_said_to_be(
+    tiny_store: Path, tiny: str, small_recipe: Callable[..., Recipe]
+) -> None:
+    store = Store.open(tiny_store)
+    for specs in ([], [f"t={tiny}"]):
+        cards, wanted, live = choose_teachers(small_recipe(), store, specs, CPU, online=True)
+        assert list(live) == ["t"]
+        assert live["t"].card == cards["t"] == store.teacher("t").card
+        assert live["t"].batch == 8, "that of extraction"
+    with pytest.raises(UsageError, match=r"^--teacher u=\.\.\.: this run reads t of "):
+        choose_teachers(small_recipe(), store, [f"u={tiny}"], CPU, online=True)
+    with pytest.raises(StoreMismatch, match="is not the network that the store was made with"):
+        stored_teachers(store, wanted, [f"t={tiny}&seed=1"], CPU)
+    with pytest.raises(UsageError, match="this run reads no teacher of"):
+        stored_teachers(store, {}, [f"t={tiny}"], CPU)
+
+
+def test_without_a_store_teachers_are_those_that_are_named(tiny: str, small_recipe: Callable[..., Recipe]) -> None:
+    cards, wanted, live = choose_teachers(small_recipe(), None, [f"a={tiny}"], CPU, online=True)
+    assert cards == teacher_cards(None, live)
+    assert (list(live), list(wanted)) == (["a"], ["a"])
+    assert live["a"].card.classes == 0
+    with pytest.raises(UsageError, match="--online without a store needs the teachers: --teacher NAME=SPEC"):
+        choose_teachers(small_recipe(), None, [], CPU, online=True)
+
+
+def test_targets_that_nobody_can_give_are_refused(small_recipe: Callable[..., Recipe]) -> None:
+    class Wanting(TinyMIM):
+        def wants(self, cards: Any) -> dict[str, tuple[str, ...]]:
+            return {"t": ("final",)}
+
+    recipe = small_recipe().model_copy(update={"objective": Wanting()})
+    message = "^recipe 'tinymim-tiny' reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC$"
+    with pytest.raises(UsageError, match=message):
+        choose_teachers(recipe, None, [], CPU, online=False)
+
+
+def test_a_classifier_is_loaded_where_a_target_needs_it(tiny: str) -> None:
+    spec = f"a={tiny}&num_classes=5"
+    assert named_teachers([spec], CPU)["a"].card.classes == 0
+    assert named_teachers([spec], CPU, {"a": ["logits"]})["a"].card.classes == 5
+    assert named_teachers([spec], CPU, {"a": ["final"], "b": ["logits"]})["a"].card.classes == 0
+
+
+# Masked teachers in the loop
+
+
+def test_a_mask_is_for_teachers_without_a_store(tiny: str) -> None:
+    recipe = get_recipe("amd-image-tiny", AMD)
+    cards, wanted, live = choose_teachers(recipe, None, [f"a={tiny}"], CPU, online=True, mask="random:0.5", mask_seed=4)
+    assert cards["a"].mask == live["a"].card.mask == MaskSpec(kind="random", ratio=0.5, seed=4)
+    assert wanted == {"a": ("block3.out",)}
+
+
+@pytest.mark.parametrize("where", [{"online": True}, {}])
+def test_a_mask_beside_a_store_is_refused(
+    where: dict[str, Any], tiny_store: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]
+) -> None:
+    message = (
+        r"^--teacher-mask concerns teachers that run in the loop without a store .*; those of a store keep the masks"
+    )
+    for settings in ({"teacher_mask": "0.5"}, {"teacher_mask_seed": 2}):
+        with pytest.raises(UsageError, match=message):
+            distill(small_recipe(), out=tmp_path / "a", store=tiny_store, device="cpu", **where, **settings)
+    assert not (tmp_path / "a").exists()
+
+
+def test_training_with_a_masked_live_teacher(tmp_path: Path, tiny: str, make_npz: Callable[..., str]) -> None:
+    """AMD without a store; a resumed run must have the same mask."""
+    data = make_npz(tmp_path / "d.npz", 16)
+    settings: dict[str, Any] = {"out": tmp_path / "a", "data": data, "online": True, "teachers": [f"t={tiny}"]}
+    recipe = get_recipe("amd-image-tiny", AMD)
+    result = distill(recipe, **settings, teacher_mask="random:0.5", device="cpu", threads=2)
+    assert (result["steps"], result["targets"], result["store"]) == (2, {"t": ["block3.out"]}, None)
+    assert result["loss"] > 0
+    with pytest.raises(StoreMismatch, match=r"teachers\.t\.mask\.seed"):
+        distill(recipe, **settings, teacher_mask="random:0.5", teacher_mask_seed=1, device="cpu", threads=2)
+    with pytest.raises(UsageError, match="mask"):
+        distill(recipe, **settings | {"out": tmp_path / "b"}, device="cpu", threads=2)
+    assert not (tmp_path / "b").exists()
