@@ -25,6 +25,18 @@ RUN_ROWS = 32
 """Rows that are read together."""
 
 
+def as_extracted(record: TeacherRecord) -> str:
+    """Options of ``hdcache extract`` beside the model that make the same network again."""
+    card, options = record.card, ""
+    side = card.arguments.get("img_size")
+    if isinstance(side, int) and f"img_size={side}" not in record.source:
+        options += f" --img-size {side}"
+    if card.mask is not None:
+        options += f" --teacher-mask {card.mask.kind}:{card.mask.ratio:g}"
+        options += f" --teacher-mask-seed {card.mask.seed}" if card.mask.seed else ""
+    return options
+
+
 class StoredTargets:
     """Targets from sealed rows of one teacher."""
 
@@ -33,7 +45,13 @@ class StoredTargets:
         record = reader.record
         self.masked = record.card.mask is not None
         plan = plan_targets(
-            targets, list(record.taps), depth=record.card.depth, teacher=self.name, store=str(reader.store.path)
+            targets,
+            list(record.taps),
+            depth=record.card.depth,
+            teacher=self.name,
+            store=str(reader.store.path),
+            model=record.source or "MODEL",
+            options=as_extracted(record),
         )
         weights = {name: torch.from_numpy(np.array(value)).to(device) for name, value in reader.weights.items()}
         self.derivation: Derivation = derivation(plan, record.attention, weights)

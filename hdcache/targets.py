@@ -7,6 +7,7 @@ Cached and online runs share this file, so that equal taps give equal targets to
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,9 +134,16 @@ def default_block(depth: int) -> int:
 
 
 def plan_targets(
-    targets: Sequence[str], held: Sequence[str], *, depth: int, teacher: str, store: str
+    targets: Sequence[str],
+    held: Sequence[str],
+    *,
+    depth: int,
+    teacher: str,
+    store: str,
+    model: str = "MODEL",
+    options: str = "",
 ) -> dict[str, str]:
-    """For each target the held tap that gives it.
+    """For each target the held tap that gives it; ``model`` and ``options`` are how extraction was told of the teacher.
 
     Raises
     ------
@@ -152,8 +160,8 @@ def plan_targets(
         taps = " ".join(f"--tap {tap}" for tap in sorted({sources(parse_tap(name))[0] for name in targets}))
         raise InputNotFound(
             f"{store}: teacher {teacher!r} holds {', '.join(held)}, which cannot give {', '.join(t for t in targets if t not in plan)}; "
-            f"add it under another name: 'hdcache extract --store {store} --teacher {teacher}-2=MODEL {taps}', "
-            f"then set the recipe's teacher field to {teacher}-2"
+            f"store it under another name too and set the recipe's teacher field to {teacher}-2: "
+            f"hdcache extract --store {shlex.quote(store)} --teacher {shlex.quote(f'{teacher}-2={model}')}{options} {taps}"
         )
     return plan
 

@@ -266,6 +266,17 @@ def test_gradient_reaches_student_and_heads_but_no_target(arguments: dict[str, A
         assert parameter.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("arguments", [IMAGE, VIDEO])
+def test_losses_under_autocast_are_float32_and_close(arguments: dict[str, Any]) -> None:
+    setup = Setup(AMD(**SMALL), **arguments)
+    _, exact = setup.run()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, rounded = setup.run()
+    for part, value in rounded.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(exact[part].item(), rel=0.05)
+
+
 def test_generation_trains_the_projection_through_the_generator() -> None:
     """Serial: the generator reads what the direct alignment reads."""
     setup = Setup(AMD(**SMALL | {"use": ("generation",)}))

@@ -601,8 +601,8 @@ def test_a_target_that_is_missing_names_one_command(
     from hdcache.distill.run import distill
 
     plan = recipe(small_recipe, relation_blocks=(3,), student_blocks=(2,))
-    command = "'hdcache extract --store .*store --teacher mae-2=MODEL --tap block3.attn_in'"
-    with pytest.raises(InputNotFound, match=f"{command}, then set the recipe's teacher field to mae-2"):
+    command = r"hdcache extract --store .*store --teacher 'mae-2=random:vit_tiny\S+' --tap block3.attn_in$"
+    with pytest.raises(InputNotFound, match=f"set the recipe's teacher field to mae-2: {command}"):
         distill(plan, out=tmp_path / "a", store=two_teachers, device="cpu")
     with pytest.raises(UsageError, match="feature_teacher not given, and nothing says which teacher is meant"):
         distill(

@@ -5,6 +5,8 @@ their rows, is part of what they are, and gives the same values from the store a
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -487,3 +489,17 @@ def test_distill_takes_a_mask_for_live_teachers(
     assert (result["online"], result["targets"], result["steps"]) == (True, {"t": ["block3.out"]}, 3)
     assert cli(*base, "--store", root / "s", *mask) == 2
     assert "--teacher-mask concerns teachers that run in the loop without a store" in capsys.readouterr().err
+
+
+def test_the_command_that_adds_a_missing_tap_makes_the_same_masked_teacher(root: Path, tmp_path: Path) -> None:
+    """The command is run as it is printed: what it adds differs from the first teacher in its taps alone."""
+    store = tmp_path / "s"
+    shutil.copytree(root / "s", store)
+    name = next(name for name in Store.open(store).teachers() if Store.open(store).teacher(name).card.mask is not None)
+    with pytest.raises(InputNotFound, match=f"teacher field to {name}-2: hdcache extract") as caught:
+        open_targets(Store.open(store), {name: ["block1.out"]})
+    words = shlex.split(str(caught.value).partition("hdcache extract ")[2])
+    assert cli("extract", *words, "--precision", "fp32", "--quiet") in (0, None)
+    first, second = (Store.open(store).teacher(which) for which in (name, f"{name}-2"))
+    assert list(second.taps) == ["block1.out"]
+    assert second.card == first.card

@@ -126,7 +126,7 @@ def test_a_teacher_that_is_nowhere_is_refused(tiny_store: Path) -> None:
         open_targets(None, {"t": ["final"]})
     with pytest.raises(InputNotFound, match=r"no teacher 'u' \(teachers: t\)"):
         open_targets(Store.open(tiny_store), {"u": ["final"]})
-    with pytest.raises(InputNotFound, match=r"which cannot give block1\.out; add it under another name"):
+    with pytest.raises(InputNotFound, match=r"which cannot give block1\.out; store it under another name too"):
         open_targets(Store.open(tiny_store), {"t": ["block1.out"]})
 
 

@@ -134,17 +134,20 @@ def test_the_cheapest_tap_that_is_held_gives_a_target(target: str, held: list[st
 @pytest.mark.parametrize(
     ("targets", "held", "flags"),
     [
-        (["block2.rel.qk"], ["block3.attn_in"], "--tap block2.attn_in'"),
-        (["block2.rel.qk@6"], ["block2.rel.qk"], "--tap block2.attn_in'"),
-        (["block2.qkv", "final"], ["block2.out", "final"], "--tap block2.attn_in --tap final'"),
-        (["block2.rel.vv", "final", "block2.rel.qk"], ["pooled"], "--tap block2.attn_in --tap final'"),
+        (["block2.rel.qk"], ["block3.attn_in"], "--tap block2.attn_in"),
+        (["block2.rel.qk@6"], ["block2.rel.qk"], "--tap block2.attn_in"),
+        (["block2.qkv", "final"], ["block2.out", "final"], "--tap block2.attn_in --tap final"),
+        (["block2.rel.vv", "final", "block2.rel.qk"], ["pooled"], "--tap block2.attn_in --tap final"),
     ],
 )
 def test_a_missing_tap_names_the_command_that_adds_it(targets: list[str], held: list[str], flags: str) -> None:
     with pytest.raises(InputNotFound, match=r"s: teacher 't' holds .*, which cannot give block2") as caught:
         plan_targets(targets, held, depth=3, teacher="t", store="s")
-    assert f"'hdcache extract --store s --teacher t-2=MODEL {flags}" in str(caught.value)
-    assert str(caught.value).endswith("', then set the recipe's teacher field to t-2")
+    command = f"field to t-2: hdcache extract --store s --teacher t-2=MODEL {flags}"
+    assert str(caught.value).endswith(command)
+    options = {"model": "random:x?seed=1", "options": " --img-size 32"}
+    with pytest.raises(InputNotFound, match=r"--store 'my s' --teacher 't-2=random:x\?seed=1' --img-size 32 --tap"):
+        plan_targets(targets, held, depth=3, teacher="t", store="my s", **options)
 
 
 def test_a_target_beyond_the_teacher_is_refused() -> None:
