@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hdcache.errors import UsageError
 from hdcache.reader import MASK_ARRAY, TeacherReader, mask_array
+from hdcache.schema import TeacherRecord
 from hdcache.store import Store
 from hdcache.taps import Tokens, parse_tap
 from hdcache.targets import Derivation, derivation, plan_targets, sources
