@@ -77,7 +77,7 @@ class Bench:
         if self.settings.mae_teacher:
             return str(self.settings.mae_teacher)
         changes = {
-            "student.arguments": LARGE, "epochs": self.settings.teacher_epochs, "warmup_epochs": 5, "amp": "off",
+            "student.arguments": LARGE, "epochs": self.settings.teacher_epochs, "warmup_epochs": min(5, self.settings.teacher_epochs - 1), "amp": "off",
             "objective.decoder_width": 96, "objective.decoder_depth": 2, "objective.decoder_heads": 4,
         }  # fmt: skip
         self.train("mae-large", "mae-tiny", changes, None)
@@ -191,7 +191,7 @@ def video(bench: Bench) -> Scores:
         "objective.decoder_width": 96,
         "objective.decoder_heads": 4,
     }
-    large |= {"objective.mask_ratio": 0.75, "epochs": bench.settings.teacher_epochs, "warmup_epochs": 5, "amp": "off"}
+    large |= {"objective.mask_ratio": 0.75, "epochs": bench.settings.teacher_epochs, "warmup_epochs": min(5, bench.settings.teacher_epochs - 1), "amp": "off"}
     bench.train("videomae-large", "videomae-tiny", large, None)
     teacher = f"videomae={bench.out / 'videomae-large'}"
     taps = ["block4.out", "block8.out"]
@@ -210,7 +210,7 @@ def video(bench: Bench) -> Scores:
             Variant(
                 "mae, no teacher",
                 "videomae-tiny",
-                decoder | {"objective.decoder_heads": 3, "objective.mask_ratio": 0.75},
+                decoder | {"objective.decoder_heads": 3, "objective.mask_ratio": 0.875},
                 None,
                 student,
                 "mean",

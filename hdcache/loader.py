@@ -41,7 +41,8 @@ class Loader:
     dataset, views, ids, labels
         the samples, and how their views are drawn when ``store`` is None.
     store
-        replay the views that it recorded for its teachers; needed for stored targets.
+        replay the views that it recorded for its teachers (for all of them, where no target is read); needed for stored
+        targets.
     stored, live
         where targets come from.
     num_views
@@ -77,6 +78,9 @@ class Loader:
             for name in teachers
             if store is not None and name not in {r.name for r in self.readers}
         ]
+        if store is not None and not self.readers and not options.fresh:
+            # What reads no target still sees the views that the store's teachers saw, so that students can be compared.
+            self.readers = [TeacherReader(store, name) for name in store.teachers() if store.views(name)]
         self.views = self._usable_views(num_views)
         self._geometry: dict[int, tuple[NDArray[np.int32], NDArray[np.uint8]]] = {}
         self.waited = 0.0
