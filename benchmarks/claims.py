@@ -28,8 +28,9 @@ from hdcache.extract.run import extract
 from hdcache.views import parse_views
 
 LARGE = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 6}
-STUDENT = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
-SMALLEST = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}
+# As many heads as the masked autoencoder: relations are compared head by head.
+STUDENT = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 6}
+SMALLEST = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 6}
 # Class tokens are compared over layers: four times fewer patches make it four times faster.
 COARSE = STUDENT | {"patch_size": 16}
 VIEWS = {"video": "videomae?stride=1", "sdssl": "mae"}
@@ -45,7 +46,7 @@ class Variant:
     recipe: str
     changes: dict[str, Any] = field(default_factory=dict)
     store: str | None = None
-    """Name of a store of :class:`Bench`; None: no teacher, trained on the images alone."""
+    """Whose views it sees, and whose targets it reads where its recipe does ({seed}: one store a seed); None: fresh views."""
     student: dict[str, Any] = field(default_factory=lambda: STUDENT)
     pool: str = "cls+mean"
     """Tokens that scores read."""
@@ -112,7 +113,7 @@ class Bench:
                     "warmup_epochs": min(2, self.settings.epochs - 1),
                 } | variant.changes  # fmt: skip
                 folder = f"{self.settings.method}-{variant.folder()}-{seed}"
-                store = stores[variant.store] if variant.store else None
+                store = stores[variant.store.format(seed=seed)] if variant.store else None
                 self.train(folder, variant.recipe, changes, store)
                 scores[variant.name].append(self.scorer.score(self.out / folder, variant.pool))
         return scores
@@ -124,20 +125,20 @@ def tinymim(bench: Bench) -> Scores:
     stores = {"mae": bench.store("tinymim", [f"mae={mae}"], ["block8.attn_in", "block8.out", "final"])}
     scores = bench.compare(
         [
+            untrained(),
             Variant("relation", "tinymim-tiny", store="mae"),
             Variant("feature", "tinymim-feature-tiny", store="mae"),
             Variant("class-token", "tinymim-class-token-tiny", store="mae"),
-            Variant("mae, no teacher", "mae-tiny"),
+            Variant("mae, no teacher", "mae-tiny", store="mae"),
             Variant("smallest, direct", "tinymim-tiny", store="mae", student=SMALLEST),
         ],
         stores,
     )
-    # The middle student of seed 0 is the next teacher, read with the heads that it was trained with.
-    middle = bench.out / "tinymim-relation-0"
-    stores["middle"] = bench.store("tinymim-sequential", [f"middle={middle}"], ["block6.attn_in"])
-    sequential = Variant(
-        "smallest, sequential", "tinymim-tiny", {"objective.heads": LARGE["num_heads"]}, "middle", SMALLEST
-    )
+    # Each seed's middle student is the next teacher.
+    for seed in range(bench.settings.seeds):
+        middle = bench.out / f"tinymim-relation-{seed}"
+        stores[f"middle-{seed}"] = bench.store(f"tinymim-middle-{seed}", [f"middle={middle}"], ["block6.attn_in"])
+    sequential = Variant("smallest, sequential", "tinymim-tiny", store="middle-{seed}", student=SMALLEST)
     return scores | bench.compare([sequential], stores)
 
 
@@ -150,9 +151,11 @@ def hybrid(bench: Bench) -> Scores:
     bench.store("hybrid", [f"supervised={bench.settings.teacher}"], ["final"])
     # The student's own class token meets that of DINOv2; relations are those of patches and class token.
     base = {"objective.relation_blocks": [6], "objective.student_blocks": [4]}
-    alone = base | {"objective.scorer_target": "relation"}
+    # The same tokens are dropped in all: the halves differ from both in what they learn alone.
+    alone = base | {"objective.scorer_target": "feature", "objective.feature_teacher": "supervised"}
     return bench.compare(
         [
+            untrained(),
             Variant("both", "hybrid-tiny", base, "hybrid"),
             Variant("both, all tokens", "hybrid-tiny", base | {"objective.keep_ratio": None}, "hybrid"),
             Variant("relations alone (MAE)", "hybrid-relation-tiny", alone, "hybrid"),
@@ -171,12 +174,13 @@ def amd(bench: Bench) -> Scores:
         )
         for ratio in (0.5, 0.75)
     }
-    decoder = {"objective.decoder_width": 48, "objective.decoder_depth": 2}
+    decoder = {"objective.decoder_width": 48, "objective.decoder_depth": 2, "objective.decoder_heads": 3}
     return bench.compare(
         [
-            Variant("asymmetric (0.5 / 0.75)", "amd-image-tiny", decoder, "0.5"),
-            Variant("symmetric (0.75 / 0.75)", "amd-image-symmetric-tiny", decoder, "0.75"),
-            Variant("mae, no teacher", "mae-tiny", decoder | {"objective.decoder_heads": 3}),
+            untrained("mean"),
+            Variant("asymmetric (0.5 / 0.75)", "amd-image-tiny", decoder, "0.5", pool="mean"),
+            Variant("symmetric (0.75 / 0.75)", "amd-image-symmetric-tiny", decoder, "0.75", pool="mean"),
+            Variant("mae, no teacher", "mae-tiny", decoder, "0.5", pool="mean"),
         ],
         stores,
     )
@@ -185,13 +189,18 @@ def amd(bench: Bench) -> Scores:
 def video(bench: Bench) -> Scores:
     """AMD of clips against a masked autoencoder of clips; the teacher is such an autoencoder, larger."""
     clips = {"img_size": 64, "patch_size": 16, "frames": 16, "tubelet": 2}
-    decoder = {"objective.decoder_width": 48, "objective.decoder_depth": 2}
+    decoder = {"objective.decoder_width": 48, "objective.decoder_depth": 2, "objective.decoder_heads": 3}
     large = {
         "student.arguments": clips | {"embed_dim": 192, "depth": 8, "num_heads": 6},
         "objective.decoder_width": 96,
         "objective.decoder_heads": 4,
     }
-    large |= {"objective.mask_ratio": 0.75, "epochs": bench.settings.teacher_epochs, "warmup_epochs": min(5, bench.settings.teacher_epochs - 1), "amp": "off"}
+    large |= {
+        "objective.mask_ratio": 0.75,
+        "epochs": bench.settings.teacher_epochs,
+        "warmup_epochs": min(5, bench.settings.teacher_epochs - 1),
+        "amp": "off",
+    }
     bench.train("videomae-large", "videomae-tiny", large, None)
     teacher = f"videomae={bench.out / 'videomae-large'}"
     taps = ["block4.out", "block8.out"]
@@ -210,8 +219,8 @@ def video(bench: Bench) -> Scores:
             Variant(
                 "mae, no teacher",
                 "videomae-tiny",
-                decoder | {"objective.decoder_heads": 3, "objective.mask_ratio": 0.875},
-                None,
+                decoder | {"objective.mask_ratio": 0.875},
+                "0.75",
                 student,
                 "mean",
             ),
@@ -228,7 +237,8 @@ def sdssl(bench: Bench) -> Scores:
     # Momentum 0.996 would keep the copy near its initial weights for most of so short a run.
     short = {"batch_size": 128}
     online = short | {"objective.momentum": 0.98}
-    variants = [
+    variants = [untrained("cls", COARSE)]
+    variants += [
         Variant(
             f"{name}{suffix}", f"sdssl-{name}{suffix}-tiny", short if name == "simclr" else online, None, COARSE, "cls"
         )
@@ -240,6 +250,11 @@ def sdssl(bench: Bench) -> Scores:
         for name in ("cached-final", "cached-anchor")
     ]
     return bench.compare(variants, stores)
+
+
+def untrained(pool: str = "cls+mean", student: dict[str, Any] | None = None) -> Variant:
+    """The student as it starts: what a line of the table has to beat."""
+    return Variant("untrained", "mae-tiny", {"epochs": 0, "warmup_epochs": 0}, None, student or STUDENT, pool)
 
 
 CLAIMS: dict[str, Callable[[Bench], Scores]] = {
