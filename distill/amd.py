@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
 
+from hdcache.distill import teacher_fit
 from hdcache.distill.amd_heads import AMDHeads, Counts, Generator, Split, projection, split_visible
+from hdcache.distill.amd_teachers import check_layouts, free_name, mask_name, same_network
 from hdcache.distill.decoder import NormKind, hidden_patches, is_clip_network, pixel_decoder, pixel_targets
-from hdcache.distill.objective import Layout, Objective, Taps, student_layout, teacher_layout
-from hdcache.errors import UsageError, nearest
+from hdcache.distill.objective import Layout, Objective, Pool, Taps, student_layout
+from hdcache.errors import UsageError
 from hdcache.masks import visible_count
 from hdcache.schema import MaskSpec, TeacherCard
 from hdcache.taps import Tokens, forward_taps, num_blocks
@@ -130,6 +132,10 @@ class AMD(Objective):
         blocks = self.student_blocks or middle_and_last(depth)
         return "final" if "pixels" in self.use else f"block{max(blocks)}.out"
 
+    def pool_trained(self) -> Pool:
+        """``mean``: a class token is neither aligned nor decoded, so that the last one is never trained."""
+        return "mean"
+
     def build(
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
     ) -> AMDHeads:
@@ -151,6 +157,11 @@ class AMD(Objective):
             raise UsageError(
                 f"objective.generator_heads {heads} does not divide the generators' width {card.width}, that of teacher "
                 f"{name!r}; choose a divisor"
+            )
+        if "generation" in self.use and card.width % 4 and not clips:
+            raise UsageError(
+                f"the generators are as wide as teacher {name!r}, whose {card.width} channels are not a multiple of 4, which "
+                'their positions need; take another teacher, or set objective.use to ["pixels", "direct"]'
             )
         made = AMDHeads(name, targets, taps, counts)
         for _ in targets:
@@ -230,17 +241,18 @@ class AMD(Objective):
             losses[part] = torch.stack(errors).mean()
         return losses
 
-    def _kind(self, slots: int) -> MaskKind:
-        return self.mask or ("tube" if slots > 1 else "random")
+    def _kind(self, clips: bool) -> MaskKind:
+        return self.mask or ("tube" if clips else "random")
 
     def _fits(self, card: TeacherCard) -> bool:
         """Whether a teacher was run with the mask that is asked for."""
-        asked = (self._kind(card.slots), self.teacher_mask_ratio)
+        asked = (self._kind(card.preprocessing.frames is not None), self.teacher_mask_ratio)
         return card.mask is not None and card.mask.kind == asked[0] and math.isclose(card.mask.ratio, asked[1])
 
     def _teacher(self, cards: Mapping[str, TeacherCard]) -> tuple[str, TeacherCard]:
         if self.teacher is not None and self.teacher not in cards:
-            raise UsageError(f"no teacher {self.teacher!r}; {nearest(self.teacher, cards)}")
+            clips = any(card.preprocessing.frames is not None for card in cards.values())
+            raise teacher_fit.missing("objective.teacher", self.teacher, cards, self._flags(self._kind(clips)))
         asked = cards if self.teacher is None else {self.teacher: cards[self.teacher]}
         fitting = {name: card for name, card in asked.items() if self._fits(card)}
         if len(fitting) > 1:
@@ -249,21 +261,32 @@ class AMD(Objective):
                 f"{self.teacher_mask_ratio:g} ({', '.join(sorted(fitting))}); set objective.teacher=NAME"
             )
         if not fitting:
-            raise UsageError(self._missing(asked))
+            raise UsageError(self._missing(asked, cards))
         return next(iter(fitting.items()))
 
-    def _missing(self, asked: Mapping[str, TeacherCard]) -> str:
+    def _missing(self, asked: Mapping[str, TeacherCard], cards: Mapping[str, TeacherCard]) -> str:
         """Why none of these teachers will do, and the command that adds one."""
         found = [f"{name} with {mask_name(card.mask)}" for name, card in sorted(asked.items())]
-        name, card = min(asked.items(), default=("NAME", None))
-        kind = self._kind(1 if card is None else card.slots)
-        mask = f"--teacher-mask {kind}:{self.teacher_mask_ratio:g}"
-        taps = "".join(f" --tap {tap}" for tap in self._targets(name, card)) if card is not None else ""
+        known = same_network(asked)
+        card = None if known is None else asked[known]
+        clips = any(each.preprocessing.frames is not None for each in ([card] if card is not None else asked.values()))
+        kind = self._kind(clips)
+        name = "NAME" if known is None else free_name(known, kind, cards)
+        command = teacher_fit.extract_command(name, self._flags(kind, known or "", card))
         return (
             f"no teacher was run with objective.teacher_mask_ratio {self.teacher_mask_ratio:g} under {kind} masks "
-            f"({', '.join(found) or 'there is none'}); add it under another name: 'hdcache extract --store STORE --teacher "
-            f"{name}-{kind}=MODEL {mask}{taps}' and set objective.teacher={name}-{kind}, or with --online and no store give {mask}"
+            f"({', '.join(found) or 'there is none'}); with --online and no store give --teacher-mask "
+            f"{kind}:{self.teacher_mask_ratio:g}, else set objective.teacher={name} and add it: {command}"
         )
+
+    def _flags(self, kind: MaskKind, name: str = "", card: TeacherCard | None = None) -> str:
+        """What ``hdcache extract`` is told of a teacher; without its ``card`` its depth is not known."""
+        mask = f"--teacher-mask {kind}:{self.teacher_mask_ratio:g}"
+        if card is not None:
+            return f"{mask} {teacher_fit.flags(self._targets(name, card))}"
+        if self.teacher_blocks is not None:
+            return f"{mask} {teacher_fit.flags(f'block{block}.out' for block in self.teacher_blocks)}"
+        return f"{mask} --tap blockM.out --tap blockN.out (M: its middle block, N: its last)"
 
     def _targets(self, name: str, card: TeacherCard) -> tuple[str, ...]:
         """The aligned taps of a teacher."""
@@ -277,7 +300,7 @@ class AMD(Objective):
 
     def _counts(self, name: str, card: TeacherCard) -> Counts:
         """How the student's tokens are drawn, once both ratios are known to leave some."""
-        kind, cells = self._kind(card.slots), card.grid[0] * card.grid[1]
+        kind, cells = self._kind(card.preprocessing.frames is not None), card.grid[0] * card.grid[1]
         slots = card.slots if kind == "tube" else 1
         among, seen = (
             visible_count(MaskSpec(kind=kind, ratio=ratio), cells, card.slots) // slots
@@ -299,26 +322,3 @@ def at(tokens: Tensor, positions: Tensor) -> Tensor:
 def middle_and_last(depth: int) -> tuple[int, ...]:
     """12 and 24 of 24 blocks, 6 and 12 of 12 (released scripts); one block is both."""
     return tuple(sorted({max(1, depth // 2), depth}))
-
-
-def mask_name(mask: MaskSpec | None) -> str:
-    """How a teacher's mask is spelt on the command line."""
-    return "no mask" if mask is None else f"{mask.kind}:{mask.ratio:g}"
-
-
-def check_layouts(student: nn.Module, name: str, card: TeacherCard) -> None:
-    """Refuse a student whose patch tokens are not the teacher's, and say which arguments make them so."""
-    own, theirs = student_layout(student), teacher_layout(card)
-    frames = card.preprocessing.frames
-    if (own.grid, own.slots, is_clip_network(student)) == (theirs.grid, theirs.slots, frames is not None):
-        return
-    embed: Any = student.patch_embed
-    sides = [rows * int(p) for rows, p in zip(theirs.grid, embed.patch_size, strict=True)]
-    settings = [f"student.arguments.img_size={sides[0] if sides[0] == sides[1] else sides}"]
-    if frames is None and is_clip_network(student):
-        settings.append("student.arguments.frames=null (the teacher reads still images)")
-    elif frames is not None:
-        settings.append(f"student.arguments.frames={theirs.slots * int(getattr(embed, 'tubelet', 2))}")
-    raise UsageError(
-        f"AMD compares token with token, but the student has {own} and teacher {name!r} {theirs}; set {', '.join(settings)}"
-    )

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hdcache.distill.decoder import PixelDecoder, patch_positions, plain_blocks
+from hdcache.distill.decoder import PixelDecoder, cut_normal, patch_positions, plain_blocks
 from hdcache.distill.objective import Layout, initialise
 from hdcache.masks import draw_among, over_slots
 
 PURPOSE = "amd student mask"
-MASK_STD = 0.02
 
 
 class Counts(NamedTuple):
@@ -89,10 +88,8 @@ class Generator(nn.Module):
             self.blocks = plain_blocks(layout.width, depth, heads)
         self.to_empty(device="cpu")
         initialise(self, generator)
-        # Truncated at one standard deviation (released code); it matters, since by default nothing trains them.
-        token = nn.init.trunc_normal_(
-            torch.empty(1, 1, layout.width), std=MASK_STD, a=-MASK_STD, b=MASK_STD, generator=generator
-        )
+        # Where it starts matters, since by default nothing trains it.
+        token = cut_normal(layout.width, generator)
         if train_mask_token:
             self.mask_token = nn.Parameter(token)
         else:

@@ -24,6 +24,7 @@ from hdcache.taps import Tokens
 from hdcache.video_vit import sinusoid_positions
 
 NORM_EPS = 1e-6
+MASK_STD = 0.02
 NormKind = Literal["patch", "channel"]
 
 
@@ -143,8 +144,15 @@ class PixelDecoder(nn.Module):
             self.predict = nn.Linear(width, targets.values)
         self.to_empty(device="cpu")
         initialise(self, generator)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02, generator=generator))
-        positions = patch_positions(layout, width, clips=targets.tubelet is not None)
+        clips = targets.tubelet is not None
+        # As MAE draws it for images, as VideoMAE does for clips.
+        token = (
+            cut_normal(width, generator)
+            if clips
+            else torch.empty(1, 1, width).normal_(std=MASK_STD, generator=generator)
+        )
+        self.mask_token = nn.Parameter(token)
+        positions = patch_positions(layout, width, clips=clips)
         self.register_buffer("positions", positions.unsqueeze(0), persistent=False)
 
     def forward(self, seen: Tokens, visible: Tensor) -> Tensor:
@@ -179,6 +187,11 @@ def pixel_decoder(
     layout = student_layout(student)
     seen = Layout(layout.grid, layout.prefix if prefix else 0, layout.width, layout.slots)
     return PixelDecoder(seen, targets, width, depth, heads, generator, embed_bias=embed_bias)
+
+
+def cut_normal(width: int, generator: torch.Generator) -> Tensor:
+    """A mask token float32 [1, 1, width]: normal, truncated at one standard deviation (VideoMAE's and AMD's released code)."""
+    return nn.init.trunc_normal_(torch.empty(1, 1, width), std=MASK_STD, a=-MASK_STD, b=MASK_STD, generator=generator)
 
 
 def plain_blocks(width: int, depth: int, heads: int) -> nn.Sequential:

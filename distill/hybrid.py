@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from hdcache.distill import teacher_fit
-from hdcache.distill.objective import Objective, Taps, linear, student_layout
+from hdcache.distill.objective import Objective, Pool, Taps, linear, student_layout
 from hdcache.distill.redundancy import (
     Dropping,
     Score,
@@ -85,7 +85,8 @@ class Hybrid(Objective):
     """What is compared: q k^T / sqrt(head width), q k^T itself, or its softmax over the kept keys. Recalled: q k^T; its
     scale is not known. scaled: teacher and student may have heads of different width."""
     heads: int | None = Field(default=None, ge=1)
-    """Heads that both networks' relations are cut into (not known). null: the relation teacher's own, as TinyMIM."""
+    """Heads that the loss cuts Q, K and V of both networks into (not known). null: the relation teacher's own, as TinyMIM.
+    The student's block runs with its own heads all the same (a timm checkpoint has one head count)."""
     relation_tokens: Literal["all", "patches"] = "all"
     """Whether prefix tokens take part in relations (not known). all: as TinyMIM's released code; patches: teachers and
     student may have different prefix tokens."""
@@ -131,7 +132,7 @@ class Hybrid(Objective):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        for field, values in (("use", self.use), ("relations", self.relations)):
+        for field, values in (("use", self.use), ("relations", self.relations), ("stages", self.stages or ())):
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} {list(values)} names one twice")
         count = len(self.relation_blocks or "1")
@@ -179,6 +180,11 @@ class Hybrid(Objective):
         """``final`` where features are used, else the block before the last one whose relations are read."""
         return "final" if "feature" in self.use else f"block{max(self._student_blocks(depth)) - 1}.out"
 
+    def pool_trained(self) -> Pool:
+        """``mean`` where what reads that layer compares patches alone."""
+        read = self.feature_tokens if "feature" in self.use else self.relation_tokens
+        return "mean" if read == "patches" else "cls"
+
     def build(
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
     ) -> HybridHeads:
@@ -194,7 +200,7 @@ class Hybrid(Objective):
             heads.num_heads = self.heads or card.heads
             if self.relation_tokens == "all":
                 teacher_fit.same_prefix(student, name, card, "relation_tokens")
-            teacher_fit.divisible(student, name, card, heads.num_heads)
+            teacher_fit.divisible(student, name, card, self.heads)
             if set(self.relations) != {"vv"}:
                 for block in self._student_blocks(depth):
                     teacher_fit.plain_student(student, block)
@@ -290,11 +296,19 @@ class Hybrid(Objective):
         """Part -> name of its teacher, for the parts that are trained or scored."""
         parts = dict.fromkeys((*self.use, *((scored,) if (scored := self._scored_part()) else ())))
         named = {"relation": self.relation_teacher, "feature": self.feature_teacher}
-        return teacher_fit.choose_teachers({part: named[part] for part in parts}, cards)
+        needed = {part: self._flags(part) for part in parts}
+        return teacher_fit.choose_teachers({part: named[part] for part in parts}, cards, needed)
+
+    def _flags(self, part: Part) -> str:
+        """What ``hdcache extract`` is told of a teacher that is not there, whose depth is not known."""
+        blocks = self.relation_blocks if part == "relation" else ()
+        if blocks is None:
+            return "--tap blockN.attn_in (N: three quarters of its blocks)"
+        return teacher_fit.flags([f"block{block}.qkv" for block in blocks] or [self.feature])
 
     def _student_blocks(self, depth: int) -> tuple[int, ...]:
         """The student's blocks whose relations are read."""
-        blocks = self.student_blocks or (three_quarters(depth),)
+        blocks = self.student_blocks or (teacher_fit.three_quarters(depth),)
         if max(blocks) > depth:
             raise UsageError(
                 f"objective.student_blocks names block {max(blocks)}, but the student has {depth} blocks; "
@@ -308,21 +322,15 @@ class Hybrid(Objective):
 
     def _targets(self, part: str, card: TeacherCard) -> tuple[str, ...]:
         """What one half reads of its teacher."""
-        blocks = self.relation_blocks or (three_quarters(card.depth),) if part == "relation" else ()
+        blocks = self.relation_blocks or (teacher_fit.three_quarters(card.depth),) if part == "relation" else ()
         names = tuple(f"block{block}.qkv" for block in blocks) or (self.feature,)
         last = max(parse_tap(name).block for name in names)
         if last > card.depth:
-            field = "relation_blocks" if part == "relation" else "feature"
             raise UsageError(
-                f"objective.{field} names block {last}, but the {part} teacher has {card.depth} blocks; "
+                f"objective.{'relation_blocks' if blocks else 'feature'} names block {last}, but the {part} teacher has {card.depth} blocks; "
                 f"choose from 1 to {card.depth}, or leave it at its default"
             )
         return names
-
-
-def three_quarters(depth: int) -> int:
-    """The block (1-based) at three quarters of ``depth``, half a block rounded up."""
-    return max(1, int(0.75 * depth + 0.5))
 
 
 def _tokens(value: Tokens | Tensor) -> Tokens:

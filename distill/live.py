@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -10,6 +13,7 @@ from hdcache.distill.settings import Recipe
 from hdcache.errors import UsageError
 from hdcache.schema import MaskSpec, TeacherCard
 from hdcache.store import Store
+from hdcache.target_sources import as_extracted
 from hdcache.teachers import Teacher, load_teacher, reload_teacher, split_name
 
 Wanted = dict[str, tuple[str, ...]]
@@ -38,22 +42,72 @@ def choose_teachers(
     Raises
     ------
     UsageError
-        when the recipe wants targets that neither a store nor a live teacher can give.
+        when the recipe wants targets that neither a store nor a live teacher can give, or none where some are named.
     """
+    reads = reads_teachers(recipe)
+    if reads and store is None and not online:
+        raise UsageError(
+            f"recipe {recipe.name!r} reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC"
+        )
+    if online and not reads:
+        raise UsageError(
+            f"recipe {recipe.name!r} reads no teacher, so none can run in the loop; leave --online and --teacher out"
+        )
     live = named_teachers(specs, device, mask=mask, mask_seed=mask_seed) if online and store is None else {}
     cards = teacher_cards(store, live)
-    wanted = recipe.objective.wants(cards)
+    with commands_of(store):
+        wanted = recipe.objective.wants(cards)
     if live and any("logits" in targets for targets in wanted.values()):
         # A teacher comes without its classifier until a target needs one.
         live = named_teachers(specs, device, wanted, mask=mask, mask_seed=mask_seed)
         cards = teacher_cards(store, live)
     if online and store is not None:
         live = stored_teachers(store, wanted, specs, device)
-    if wanted and store is None and not online:
-        raise UsageError(
-            f"recipe {recipe.name!r} reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC"
-        )
     return cards, wanted, live
+
+
+def reads_teachers(recipe: Recipe) -> bool:
+    """Whether ``recipe`` learns from teachers at all."""
+    try:
+        return bool(recipe.objective.wants({}))
+    except UsageError:
+        return True
+
+
+@contextmanager
+def commands_of(store: Store | None) -> Iterator[None]:
+    """Complete the commands in messages from inside: the store's path, and the models of teachers that it knows.
+
+    Of two ways out the one is left that is there: with a store, or with live teachers alone.
+    """
+    try:
+        yield
+    except UsageError as error:
+        message = _WAYS.sub(r"\g<live>" if store is None else r"\g<stored>", str(error))
+        if store is None:
+            message = _LIVE.sub(r"or give \1 too", message)
+        else:
+            message = _COMMAND.sub(lambda match: _completed(match, store), message)
+        raise UsageError(message) from None
+
+
+# As the losses spell it; a known teacher is stored again under its name and an ending.
+_COMMAND = re.compile(r"hdcache extract --store STORE --teacher (?P<name>\S+)=MODEL(?P<sized> --img-size)?")
+_LIVE = re.compile(r"or add it: hdcache extract --store STORE (--teacher \S+=MODEL).*$")
+_WAYS = re.compile(r"with --online and no store (?P<live>[^,]+), else (?P<stored>.+)$")
+
+
+def _completed(match: re.Match[str], store: Store) -> str:
+    name, model, options = match["name"], "MODEL", match["sized"] or ""
+    known = name.rpartition("-")[0]
+    if known in store.teachers() and name not in store.teachers():
+        record = store.teacher(known)
+        model = record.source or model
+        if not options:
+            unmasked = record.card.model_copy(update={"mask": None})
+            options = as_extracted(record.model_copy(update={"card": unmasked}))
+    teacher = shlex.quote(f"{name}={model}")
+    return f"hdcache extract --store {shlex.quote(str(store.path))} --teacher {teacher}{options}"
 
 
 def named_teachers(

@@ -17,9 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hdcache.distill.objective import Objective, Taps, linear, student_layout
+from hdcache.distill import teacher_fit
+from hdcache.distill.objective import Objective, Pool, Taps, linear, student_layout
 from hdcache.distill.supervised import check_labels
-from hdcache.errors import UsageError, nearest
+from hdcache.errors import UsageError
 from hdcache.relations import relation_kl
 from hdcache.schema import TeacherCard
 from hdcache.taps import Tokens
@@ -68,7 +69,13 @@ class Logits(Objective):
 
     def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
         """One teacher's ``logits``."""
-        return {self._teacher(cards): ("logits",)}
+        name = self._teacher(cards)
+        teacher_fit.whole_images(name, cards[name], "", ("logits",))
+        return {name: ("logits",)}
+
+    def pool_trained(self) -> Pool:
+        """What the classifier reads."""
+        return "mean" if self.pool == "mean" else "cls"
 
     def student_taps(self, depth: int) -> tuple[str, ...]:
         """``final``."""
@@ -78,13 +85,13 @@ class Logits(Objective):
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
     ) -> SoftLabelHead:
         """One linear layer from the student's width to the teacher's classes."""
-        name = self._teacher(cards)
+        (name,) = self.wants(cards)
         classes = cards[name].classes
         if not classes:
             raise UsageError(
                 f"objective 'logits' needs the class probabilities of teacher {name!r}, which was run without a "
-                f"classifier; add it under another name, from a checkpoint that has one: 'hdcache extract --store STORE "
-                f"--teacher {name}-2=MODEL --tap logits --top-k 10'"
+                f"classifier; set objective.teacher={name}-2 and add it, from a checkpoint that has one: "
+                f"{teacher_fit.extract_command(f'{name}-2', teacher_fit.flags(('logits',)))}"
             )
         if self.hard_labels and num_classes != classes:
             raise UsageError(
@@ -119,15 +126,7 @@ class Logits(Objective):
         return parts
 
     def _teacher(self, cards: Mapping[str, TeacherCard]) -> str:
-        if self.teacher is None:
-            # Other teachers of the store may have been run without a classifier.
-            able = [name for name, card in cards.items() if card.classes] or list(cards)
-            if len(able) != 1:
-                raise UsageError(
-                    f"objective.teacher is null, which needs exactly one teacher with a classifier, but there are "
-                    f"{len(able)} ({', '.join(sorted(able)) or 'none'}); set objective.teacher=NAME"
-                )
-            return able[0]
-        if self.teacher not in cards:
-            raise UsageError(f"no teacher {self.teacher!r}; {nearest(self.teacher, cards)}")
-        return self.teacher
+        # Other teachers of the store may have been run without a classifier.
+        able = {name: card for name, card in cards.items() if card.classes} or cards
+        among = able if self.teacher is None else cards
+        return teacher_fit.choose_teachers({"": self.teacher}, among, {"": teacher_fit.flags(("logits",))})[""]

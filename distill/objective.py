@@ -8,9 +8,10 @@ the student lives in the module that ``build`` returns; that module is thrown aw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hdcache.batch import Batch
 
 Taps = Mapping[str, Tokens | Tensor]
+Pool = Literal["cls", "mean"]
 
 
 class Objective(Record):
@@ -34,6 +36,10 @@ class Objective(Record):
     def fresh_views(self) -> int:
         """Views of its own that the student sees of each sample; 0: it sees the view that teachers saw."""
         return 0
+
+    def default_views(self) -> str | None:
+        """Preset of the views of a run that has no store and names none; None: that of the data set."""
+        return None
 
     def compares_rows(self) -> bool:
         """Whether the loss sets the rows of a batch against each other, so that a batch cannot be cut into pieces."""
@@ -49,6 +55,13 @@ class Objective(Record):
     def averaged(self, heads: nn.Module) -> nn.Module | None:
         """The momentum copy of the student that ``heads`` keeps and that evaluation prefers, or None."""
         return None
+
+    def refuse_unread(self, fields: Iterable[str], reader: str) -> None:
+        """:class:`ValueError` for the first of ``fields`` that is not at its default, though ``reader`` ignores it."""
+        for name in fields:
+            default = type(self).model_fields[name].get_default()
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is set, but {reader} does not read it; set {name} to {json.dumps(default)}")
 
     def parts(self) -> tuple[str, ...]:
         """Names of the loss's parts: the keys that :meth:`loss` returns and that a recipe's ``weights`` may have."""
@@ -95,6 +108,10 @@ class Objective(Record):
     def last_trained(self, depth: int) -> str:
         """Tap of the deepest layer that training reaches and that may be used frozen: ``final`` or ``blockN.out``."""
         return "final"
+
+    def pool_trained(self) -> Pool:
+        """How that layer's tokens are best pooled: ``mean`` where the loss never reaches its class token, else ``cls``."""
+        return "cls"
 
 
 @dataclass(frozen=True)

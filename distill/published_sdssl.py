@@ -54,8 +54,14 @@ _SOURCES = {
     "ema": "null: the objective keeps its own momentum copy",
     "ema_end": "null: the objective keeps its own momentum copy",
 }
-_ONLINE = """Needs no store: --data DATA --views supervised (crops of 0.08 to 1 of the area, both views fresh in every step).
-ViT-S/32, as in the released ablations: student.architecture=vit_small_patch32_224."""
+_ONLINE = """Needs no store: --data DATA (without --views: supervised, crops of 0.08 to 1 of the area; both views are fresh in
+every step, and views without chance are refused). Evaluate with knn-eval --k 20; its crop is not the released one.
+Not built: STL-10 at 96 px (no settings released); student.arguments.img_size=96 is near it."""
+_NO_DET = "\nWithout the detached predictor loss (a released ablation): weights.det=0."
+_NO_S32 = """
+Not built: the released ablations' ViT-S/32 with weight 0.6: the first 100 epochs of a 300-epoch schedule, which cannot be
+cut here, and one crop for a whole batch. Near it: student.architecture=vit_small_patch32_224 objective.alpha=0.6 (6 heads
+as in the branch moco_abl; master's vit_small has 12: student.arguments.num_heads=12)."""
 _COLOURS: dict[str, Any] = {
     "brightness": 0.4,
     "contrast": 0.4,
@@ -79,23 +85,28 @@ _MOCO = Entry(
     teacher="none: it teaches itself",
     about="MoCo v3 with intermediate self-distillation, as released",
     sources=_SOURCES,
-    notes=_ONLINE,
+    notes=_ONLINE + _NO_DET + _NO_S32,
 )  # fmt: skip
 _BYOL = derive(
     _MOCO,
     "sdssl-byol",
     "BYOL with intermediate self-distillation, as released",
     {"objective.framework": "byol"},
+    notes=_ONLINE + _NO_DET,
     sources={"objective.tau": "not used by BYOL"},
 )
 _MOMENTUM = {f"objective.{key}": "not used by SimCLR" for key in ("momentum", "momentum_end", "hidden_predictor")}
+_NO_COPY = "null: SimCLR has no momentum copy; the student itself is evaluated (released code, pl_train_simclr.py)"
 _SIMCLR = derive(
     _MOCO,
     "sdssl-simclr",
     "SimCLR with intermediate self-distillation, as released",
     {"objective.framework": "simclr", "base_lr": 1.3e-4},
+    notes=_ONLINE,
     sources=_MOMENTUM
     | {
+        "ema": _NO_COPY,
+        "ema_end": _NO_COPY,
         "base_lr": f"{CONFIGS}: 1.3e-4 per 256 images",
         "weights": "released code, pl_train_simclr.py: out 1, mid alpha(t)",
     },
@@ -111,7 +122,7 @@ _ALONE = {
 def _baseline(entry: Entry, name: str) -> Entry:
     """The framework of ``entry`` by itself."""
     about = entry.about.replace(" with intermediate self-distillation, as released", " by itself")
-    return derive(entry, name, f"baseline: {about}", {"objective.intermediate": False}, sources=_ALONE)
+    return derive(entry, name, f"baseline: {about}", {"objective.intermediate": False}, notes=_ONLINE, sources=_ALONE)
 
 
 _OURS = "ours, not the paper's: "
@@ -174,7 +185,8 @@ def _tiny(entry: Entry) -> Entry:
     unused = {path: source for path, source in entry.sources.items() if source.startswith("not used")}
     teacher = "any with a class token, such as supervised-tiny" if "cached" in entry.recipe.name else entry.teacher
     name, about = f"{entry.recipe.name}-tiny", f"{entry.about.removesuffix(', as released')}; small images on a CPU"
-    return derive(entry, name, about, changes | TINY_RUN, teacher=teacher, sources=_TINY_SOURCES | unused)
+    read = {path: value for path, value in changes.items() if path not in unused}
+    return derive(entry, name, about, read | TINY_RUN, teacher=teacher, sources=_TINY_SOURCES | unused)
 
 
 ENTRIES = [*_PAPER, *_BASELINES, *_CACHED, *(_tiny(entry) for entry in (*_PAPER, *_BASELINES, *_CACHED))]

@@ -56,7 +56,10 @@ ABLATIONS = """The paper's ablations (100 epochs: --set epochs=100) as --set lin
   Tab. 10  objective.teacher_block=12, 15, 21 or 24
   Tab. 12  objective.masked_input=0.75; with 'objective.reconstruction={"kind":"mae"}' too
   Tab. 13  student.drop_path=0, 0.2 or 0.3
+  The reconstruction of Tab. 12 predicts jittered pixels; MAE has neither jitter nor drop path: jitter=null student.drop_path=0
 Crops are those that the store holds (--num-views), not fresh ones in every epoch."""
+FINE_TUNING = "Fine-tuning has no recipe here: docs/methods/tinymim.md has the published values (A9)."
+DIRECTLY = "Directly from MAE-L, whose width 12 heads do not divide: --set objective.heads=null takes its own 16."
 
 _B = Entry(
     Recipe(
@@ -74,7 +77,7 @@ _B = Entry(
     teacher="MAE ViT-L",
     about="relations of a masked autoencoder's block 18; 85.0 % in the paper",
     sources=PAPER,
-    notes=ABLATIONS,
+    notes=ABLATIONS + "\n" + FINE_TUNING,
 )  # fmt: skip
 
 _SMALLER = {"student.arguments": "none: released code, models_tinymim.py"}
@@ -85,7 +88,14 @@ _S = derive(
     "second stage of the sequence L, B, S, T; 83.0 % in the paper",
     {"student.architecture": "vit_small_patch16_224", "objective.heads": 12},
     teacher="TinyMIM-B",
-    notes="The B teacher's block 12 was trained with 16 heads; objective.heads=16 reads it so.\n" + ABLATIONS,
+    notes="\n".join(
+        (
+            "The B teacher's block 12 was trained with 16 heads; objective.heads=16 reads it so.",
+            DIRECTLY,
+            ABLATIONS,
+            FINE_TUNING,
+        )
+    ),
     sources=_SMALLER
     | {
         "student.architecture": "paper, Tab. 3",
@@ -98,7 +108,15 @@ _T = derive(
     "third stage of the sequence L, B, S, T; 75.8 % in the paper",
     {"student.architecture": "vit_tiny_patch16_224", "student.arguments": {"num_heads": 6}},
     teacher="TinyMIM-S",
-    notes="objective.heads=6 reads the S teacher with its own heads.\n" + ABLATIONS,
+    notes="\n".join(
+        (
+            "objective.heads=6 reads the S teacher with its own heads.",
+            DIRECTLY,
+            ABLATIONS,
+            FINE_TUNING,
+            "TinyMIM*-T (distillation token, 1,000 epochs of fine-tuning) is not built: its recipe was not found.",
+        )
+    ),
     sources={
         "student.arguments": "released code, models_tinymim.py: 6 heads in blocks 1 to 11 (fine-tuning then uses 3, issue 4)",
         "objective.heads": "released code, models_tinymim.py: 12 in the student's block 12; its S teacher has 6, which "

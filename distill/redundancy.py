@@ -73,9 +73,10 @@ def check_stages(total: int, keep_ratio: float, stages: Sequence[int] | None, de
             f"objective.stages names block {chosen[-1]}, but the student has {depth} blocks; choose from 1 to {depth}, or null"
         )
     acting = [block for block in chosen if block < last]
-    if not acting:
+    if not acting or (stages is not None and len(acting) < len(chosen)):
+        idle = [block for block in chosen if block >= last]
         raise UsageError(
-            f"objective.stages {chosen} drop nothing: block {last} is the last that is read; choose blocks before it, or "
+            f"objective.stages {idle} drop nothing: block {last} is the last that is read; choose blocks before it, or "
             "set objective.keep_ratio=null"
         )
     counts = survivors(total, keep_ratio, len(acting))

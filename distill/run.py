@@ -25,7 +25,8 @@ from hdcache import draws
 from hdcache.backbones import save_student
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.changes import merge, nested_changes, validated
-from hdcache.distill.live import choose_teachers
+from hdcache.distill.fresh_views import choose_views
+from hdcache.distill.live import choose_teachers, commands_of
 from hdcache.distill.ranks import join_ranks, leave_ranks, rank_device
 from hdcache.distill.recipes import get_recipe, recipe_from_file
 from hdcache.distill.settings import Recipe
@@ -41,7 +42,6 @@ from hdcache.store import Store, write_lock
 from hdcache.taps import num_blocks
 from hdcache.target_sources import open_targets
 from hdcache.teachers import Teacher, choose_device
-from hdcache.views import default_views, parse_views
 
 
 def distill(
@@ -82,7 +82,8 @@ def distill(
     teacher_mask, teacher_mask_seed
         which patch tokens live teachers see, without a store; a store's teachers have a mask of their own, or none.
     views, num_views
-        without a store: how views are drawn and how many distinct ones; with one: how many of its views to use.
+        without a store: how views are drawn (None: as the objective asks, else by the data set) and how many distinct
+        ones, where the objective does not draw fresh ones; with one: how many of its views to use.
     monitor, monitor_every
         measures the student before the first step, after every ``monitor_every`` epochs and at the end, for
         ``metrics.jsonl``; the k-NN one is ``hdcache.evaluate.monitor.knn_monitor``. Training is the same without it.
@@ -94,9 +95,7 @@ def distill(
     """
     plan = resolve(recipe, overrides)
     if views is not None and store is not None:
-        raise UsageError(
-            "--views draws views where there is no store; with --store its own are used: leave --views out"
-        )
+        raise UsageError("--views is for runs without a store; with --store its own are used: leave --views out")
     folder = Path(out).expanduser()
     if monitor_every < 1:
         raise UsageError(f"monitor_every {monitor_every} must be at least 1 epoch")
@@ -112,18 +111,19 @@ def distill(
     where = rank_device(choose_device(device), ranks)
     opened = Store.open(store) if store is not None else None
     dataset = open_data(opened, data)
-    spec = (
-        opened.card.views
-        if opened is not None
-        else (views if isinstance(views, ViewSpec) else parse_views(views or default_views(dataset.card), plan.seed))
-    )
+    spec, views_name = choose_views(plan, opened, dataset, views)
     cards, wanted, live = choose_teachers(
         plan, opened, teachers, where, online=online, mask=teacher_mask, mask_seed=teacher_mask_seed
     )
+    if num_views is not None and plan.objective.fresh_views() and not wanted:
+        raise UsageError(
+            f"--num-views {num_views}: recipe {plan.name!r} draws new views in every epoch and reads no stored ones; leave it out"
+        )
     student = build_student(plan.student, plan.seed)
-    last_trained = plan.objective.last_trained(num_blocks(student))
+    last_trained, pool = plan.objective.last_trained(num_blocks(student)), plan.objective.pool_trained()
     generator = torch.Generator().manual_seed(draws.integer_seed(plan.seed, "heads"))
-    heads = plan.objective.build(student, cards, len(dataset.card.classes), generator)
+    with commands_of(opened):
+        heads = plan.objective.build(student, cards, len(dataset.card.classes), generator)
     stored, running = open_targets(
         opened, wanted, live=live, device=where, dtype=target_dtype(plan, opened, wanted, where)
     )
@@ -160,18 +160,18 @@ def distill(
         started = time.time()
 
         def publish(averaged: nn.Module | None) -> None:
-            facts = {"recipe": plan.model_dump(mode="json"), "trained_from": about}
+            facts = {"recipe": plan.model_dump(mode="json"), "trained_from": about, "pool_trained": pool}
             named, given = plan.student.architecture, plan.student.arguments
             save_student(folder, student, named, given, options.preprocessing, last_trained, facts)
             if averaged is not None:
                 save_student(folder / "ema", averaged, named, given, options.preprocessing, last_trained, facts)
 
         if ranks.first and not quiet:
-            sys.stderr.write(header(plan, loader, where, folder))
+            sys.stderr.write(header(plan, loader, where, folder, views_name))
         outcome, averaged = train(
             plan, plan.objective, student, heads, loader, folder,
             device=where, ranks=ranks, about=about, publish=publish, quiet=quiet,
-            measure=monitor and (lambda model: monitor(model, options.preprocessing, last_trained)), measure_every=monitor_every,
+            measure=monitor and (lambda model: monitor(model, options.preprocessing, last_trained, pool, spec.stride)), measure_every=monitor_every,
         )  # fmt: skip
         finished = folder / "run.json"
         if outcome.steps == outcome.resumed_at and finished.is_file():
@@ -180,6 +180,7 @@ def distill(
             result = {"out": str(folder)} | report(
                 plan, outcome, dataset, opened, about, loader, where, started, last_trained
             )
+            result["preferred"] = str(folder if averaged is None else folder / "ema")
             if ranks.first:
                 publish(averaged)
                 durable_write(finished, json.dumps(result, indent=1).encode())
@@ -187,10 +188,15 @@ def distill(
     return result
 
 
-def header(recipe: Recipe, loader: Loader, device: torch.device, folder: Path) -> str:
-    """What is about to happen, in one line."""
+def header(recipe: Recipe, loader: Loader, device: torch.device, folder: Path, name: str) -> str:
+    """What is about to happen, in one line; ``name`` is what its views are called."""
     steps = sum(loader.batches_per_epoch(epoch) for epoch in range(recipe.epochs))
-    views = f"{len(loader.views)} stored views" if loader.views else "a new view in each epoch"
+    if fresh := recipe.objective.fresh_views():
+        views = f"{fresh} new views ({name}) in each epoch"
+    elif not loader.views:
+        views = f"a new view ({name}) in each epoch"
+    else:
+        views = f"{len(loader.views)} {'views' if loader.store is None else 'stored views'} ({name})"
     return (
         f"{recipe.name}: {len(loader.ids):,} images, {views}, {steps:,} steps of {recipe.batch_size} in {recipe.epochs} epochs, "
         f"peak learning rate {recipe.peak_lr():.3g}, {autocast_precision(recipe, device) or torch.float32} on {device}, to {folder}\n"
@@ -290,6 +296,7 @@ def report(
         "targets": about["targets"],
         "dropped": loader.dropped,
         "last_trained": last_trained,
+        "pool_trained": recipe.objective.pool_trained(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "host": platform.node(),
         "versions": {name: version(name) for name in ("hdcache", "torch", "timm", "zarr", "numpy")},
@@ -298,9 +305,8 @@ def report(
 
 def format_run(result: Mapping[str, Any]) -> str:
     """The record as a few lines."""
-    where = (
-        "teachers in the loop" if result["online"] else "targets from the store" if result["store"] else "no teacher"
-    )
+    source = "teachers in the loop" if result["online"] else "targets from the store"
+    where = source if result["targets"] else "no teacher"
     loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"
     return (
         f"{result['recipe']}: {result['steps']:,} steps in {result['seconds']:.0f} s, {where}; "
@@ -311,7 +317,8 @@ def format_run(result: Mapping[str, Any]) -> str:
             if result["dropped"]
             else ""
         )
-        + f"score it: hdcache knn-eval {result['out']} --train DATA --test DATA"
+        # Of two students the one that evaluation prefers; runs of older versions do not say.
+        + f"score it: hdcache knn-eval {result.get('preferred', result['out'])} --train DATA --test DATA"
     )
 
 

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from hdcache.distill import teacher_fit
 from hdcache.distill.contrast import (
     Distance,
     contrasted_parts,
@@ -35,7 +36,7 @@ from hdcache.distill.contrast import (
 from hdcache.distill.objective import Objective, Taps
 from hdcache.distill.projectors import LayerMLPs
 from hdcache.distill.schedules import cosine, ema_momentum
-from hdcache.errors import UsageError, nearest
+from hdcache.errors import UsageError
 from hdcache.schema import TeacherCard
 from hdcache.taps import Tokens, forward_taps, num_blocks
 
@@ -43,6 +44,14 @@ if TYPE_CHECKING:
     from hdcache.batch import Batch
 
 VIEWS = ("first", "second")
+# Fields that a formulation (both cached ones are alike) or a framework ignores.
+UNREAD: dict[str, tuple[str, ...]] = {
+    "online": ("target",),
+    "cached": ("projection_dim", "momentum", "momentum_end"),
+    "simclr": ("momentum", "momentum_end"),
+    "byol": ("tau",),
+    "mocov3": (),
+}
 
 
 class SDSSL(Objective):
@@ -87,6 +96,10 @@ class SDSSL(Objective):
                 "teacher is set, but formulation 'online' learns from the student itself; set teacher to null, or "
                 "formulation to cached_final or cached_anchor"
             )
+        self.refuse_unread(
+            UNREAD["online" if self.formulation == "online" else "cached"], f"formulation {self.formulation!r}"
+        )
+        self.refuse_unread(UNREAD[self.framework], f"framework {self.framework!r}")
         if not self.intermediate and self.alpha is not None:
             raise ValueError("alpha is set, but intermediate is false, so nothing has this weight; set alpha to null")
         if not self.intermediate and self.formulation == "cached_anchor":
@@ -98,6 +111,10 @@ class SDSSL(Objective):
     def fresh_views(self) -> int:
         """Two: each learns from the other, or both from a stored third."""
         return 2
+
+    def default_views(self) -> str:
+        """Crops of 0.08 to 1 of the area, as the released augmentations have them."""
+        return "supervised"
 
     def compares_rows(self) -> bool:
         """True: images are each other's negatives, and batch norms mix them."""
@@ -124,7 +141,9 @@ class SDSSL(Objective):
         """Nothing, or one vector of one teacher (cached formulations)."""
         if self.formulation == "online":
             return {}
-        name = self._teacher(cards)
+        flags = teacher_fit.flags((self.target,))
+        name = teacher_fit.choose_teachers({"": self.teacher}, cards, {"": flags})[""]
+        teacher_fit.whole_images(name, cards[name], "", (self.target,))
         if self.target == "final" and not cards[name].class_token:
             raise UsageError(
                 f"objective.target is 'final', whose class token teacher {name!r} lacks; set objective.target=pooled"
@@ -211,17 +230,6 @@ class SDSSL(Objective):
 
     def _distance(self) -> Distance:
         return cosine_distance if self.framework == "byol" else partial(scaled_info_nce, tau=self.tau)
-
-    def _teacher(self, cards: Mapping[str, TeacherCard]) -> str:
-        if self.teacher is None and len(cards) != 1:
-            raise UsageError(
-                f"objective.teacher is null, which needs exactly one teacher, but there are {len(cards)} "
-                f"({', '.join(sorted(cards)) or 'none'}); set objective.teacher=NAME"
-            )
-        name = next(iter(cards)) if self.teacher is None else self.teacher
-        if name not in cards:
-            raise UsageError(f"no teacher {name!r}; {nearest(name, cards)}")
-        return name
 
 
 class Momentum(nn.Module):

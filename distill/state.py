@@ -75,6 +75,16 @@ def save_state(
         raise
 
 
+def saved_facts(folder: Path) -> dict[str, Any]:
+    """The ``about`` of the state in ``folder``; empty where there is none that can be read."""
+    try:
+        with safe_open(folder / STATE_FILE, framework="pt") as file:
+            found: dict[str, Any] = json.loads(file.metadata()["about"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return {}
+    return found
+
+
 def load_state(
     folder: Path,
     modules: dict[str, nn.Module],

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hdcache.distill.objective import Objective, Taps, linear, student_layout
+from hdcache.distill.objective import Objective, Pool, Taps, linear, student_layout
 from hdcache.errors import UsageError
 from hdcache.schema import TeacherCard
 from hdcache.taps import Tokens
@@ -37,6 +37,10 @@ class Supervised(Objective):
     def parts(self) -> tuple[str, ...]:
         """``cross_entropy``."""
         return ("cross_entropy",)
+
+    def pool_trained(self) -> Pool:
+        """What the classifier reads."""
+        return "mean" if self.pool == "mean" else "cls"
 
     def student_taps(self, depth: int) -> tuple[str, ...]:
         """``final``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,19 +14,25 @@ from hdcache.taps import attention_of, parse_tap
 from hdcache.targets import sources
 
 
-def choose_teachers(named: Mapping[str, str | None], cards: Mapping[str, TeacherCard]) -> dict[str, str]:
-    """Part of the loss -> teacher, from the names that a recipe gives (field ``PART_teacher``; None: not given).
+def choose_teachers(
+    named: Mapping[str, str | None], cards: Mapping[str, TeacherCard], needed: Mapping[str, str]
+) -> dict[str, str]:
+    """Part of the loss -> teacher, from the names that a recipe gives (None: not given).
+
+    The part of an objective with a single field ``teacher`` is the empty string; the others have ``PART_teacher`` each.
+    ``needed`` (part -> :func:`flags`) is what a teacher that has yet to be stored must hold.
 
     Raises
     ------
     UsageError
         where a name is unknown, or is not given and more than one teacher could be meant.
     """
-    fields = [f"objective.{part}_teacher" for part, name in named.items() if name is None]
+    fields = [field_of(part) for part, name in named.items() if name is None]
     there = ", ".join(sorted(cards)) or "none"
     commands = " and ".join(f"{field}=NAME" for field in fields)
     if fields and not cards:
-        raise UsageError(f"{' and '.join(fields)} not given, and there is no teacher; give --store STORE")
+        adding = " and ".join(extract_command("NAME", needed[part]) for part, name in named.items() if name is None)
+        raise UsageError(f"{' and '.join(fields)} not given, and there is no teacher; add one: {adding}")
     if fields and len(named) > 1:
         raise UsageError(
             f"{' and '.join(fields)} not given, and nothing says which teacher is meant; "
@@ -39,8 +45,39 @@ def choose_teachers(named: Mapping[str, str | None], cards: Mapping[str, Teacher
     chosen = {part: next(iter(cards)) if name is None else name for part, name in named.items()}
     for part, name in chosen.items():
         if name not in cards:
-            raise UsageError(f"objective.{part}_teacher: no teacher {name!r}; {nearest(name, cards)}")
+            raise missing(field_of(part), name, cards, needed[part])
     return chosen
+
+
+def field_of(part: str) -> str:
+    """The setting that names the teacher of a part of the loss."""
+    return f"objective.{part}_teacher" if part else "objective.teacher"
+
+
+def missing(field: str, name: str, cards: Mapping[str, TeacherCard], needed: str) -> UsageError:
+    """The error for a name that no teacher has, with those that there are and the command that adds it."""
+    hint = nearest(name, cards)
+    if not cards:
+        hint = "there is none"
+    elif hint.startswith("did you mean"):
+        hint += f" The teachers are {', '.join(sorted(cards))}"
+    return UsageError(f"{field}: no teacher {name!r}; {hint}; or add it: {extract_command(name, needed)}")
+
+
+def flags(targets: Iterable[str]) -> str:
+    """The options of ``hdcache extract`` that store what ``targets`` follow from."""
+    taps = sorted({sources(parse_tap(target))[0] for target in targets})
+    return " ".join(f"--tap {tap}" + (" --top-k 10" if tap == "logits" else "") for tap in taps)
+
+
+def extract_command(name: str, needed: str) -> str:
+    """The command that adds a teacher; whoever knows the store puts it and a known model in place of the capitals."""
+    return f"hdcache extract --store STORE --teacher {name}=MODEL {needed}".rstrip()
+
+
+def three_quarters(depth: int) -> int:
+    """The block (1-based) at three quarters of ``depth``, half a block rounded up."""
+    return max(1, int(0.75 * depth + 0.5))
 
 
 def whole_images(name: str, card: TeacherCard, part: str, targets: Sequence[str]) -> None:
@@ -65,20 +102,20 @@ def plain_student(student: nn.Module, block: int) -> None:
     """Refuse a student block that normalises queries and keys: they could not be cut into other heads."""
     if not isinstance(attention_of(student, block).q_norm, nn.Identity):
         raise UsageError(
-            f"block{block} of the student normalises Q and K per head, so it cannot be compared with a teacher that "
-            "does not; set student.arguments.qk_norm=false"
+            f"block{block} of the student normalises Q and K per head, so it cannot be cut into the teacher's heads; "
+            "set student.arguments.qk_norm=false"
         )
 
 
-def divisible(student: nn.Module, name: str, card: TeacherCard, heads: int) -> None:
-    """Refuse a head count that does not divide both widths."""
-    width = student_layout(student).width
+def divisible(student: nn.Module, name: str, card: TeacherCard, asked: int | None) -> None:
+    """Refuse a head count (None: the teacher's own) that does not divide both widths."""
+    heads, width = asked or card.heads, student_layout(student).width
+    fix = f"set objective.heads to a divisor of {card.width} and {width}"
+    if asked is not None and not (card.width % card.heads or width % card.heads):
+        fix = f"set objective.heads=null for the teacher's own {card.heads}, or {fix.removeprefix('set ')}"
     for whose, columns in ((f"teacher {name!r}", card.width), ("the student", width)):
         if columns % heads:
-            raise UsageError(
-                f"{heads} heads do not divide the width {columns} of {whose}; set objective.heads to a divisor of "
-                f"{card.width} and {width}"
-            )
+            raise UsageError(f"{heads} heads do not divide the width {columns} of {whose}; {fix}")
 
 
 def same_prefix(student: nn.Module, name: str, card: TeacherCard, field: str) -> None:
@@ -111,8 +148,11 @@ def same_grid(
             continue
         ways = [
             f"store the teacher at {_pixels(own, card.patch_size)} pixels: "
-            + _again(name, part, targets[name], f" --img-size {_pixels(own, card.patch_size)}")
+            + _again(name, part, targets[name], f"--img-size {_pixels(own, card.patch_size)} ")
         ]
+        if own.grid[0] != own.grid[1]:
+            # Extraction knows square inputs only.
+            ways = ["give the student a square student.arguments.img_size"]
         if len({layout.grid for layout in layouts.values()}) == 1:
             ways.insert(0, f"set student.arguments.img_size={_pixels(theirs, int(model.patch_embed.patch_size[0]))}")
         raise UsageError(
@@ -120,14 +160,21 @@ def same_grid(
         )
 
 
-def _pixels(layout: Layout, patch: int) -> int:
-    return layout.grid[0] * patch
+def class_tokens(student: nn.Module, name: str, card: TeacherCard) -> None:
+    """Refuse a network without a class token where class tokens are compared."""
+    model: Any = student
+    for whose, has in (("the student", bool(model.has_class_token)), (f"teacher {name!r}", card.class_token)):
+        if not has:
+            raise UsageError(
+                f"strategy 'class-token' needs a class token, which {whose} lacks; use strategy 'feature' or 'relation'"
+            )
+
+
+def _pixels(layout: Layout, patch: int) -> int | list[int]:
+    sides = [count * patch for count in layout.grid]
+    return sides[0] if sides[0] == sides[1] else sides
 
 
 def _again(name: str, part: str, targets: Sequence[str], more: str = "") -> str:
-    """The command that stores a teacher once more under another name, and what to set then."""
-    taps = " ".join(f"--tap {tap}" for tap in sorted({sources(parse_tap(target))[0] for target in targets}))
-    return (
-        f"'hdcache extract --store STORE --teacher {name}-2=MODEL{more} {taps}', "
-        f"then set objective.{part}_teacher={name}-2"
-    )
+    """What to set, and the command that stores a teacher once more under another name."""
+    return f"set {field_of(part)}={name}-2 and add it: {extract_command(f'{name}-2', more + flags(targets))}"

@@ -17,19 +17,26 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, mse_loss, smooth_l1_loss
 
+from hdcache.distill import teacher_fit
 from hdcache.distill.mae import MAE
-from hdcache.distill.objective import Objective, Taps, linear, student_layout, teacher_layout
-from hdcache.errors import UsageError, nearest
+from hdcache.distill.objective import Objective, Pool, Taps, linear, student_layout
+from hdcache.errors import UsageError
 from hdcache.masks import draw_visible, hidden_count
 from hdcache.relations import KINDS, RelationKind, log_relation, relation_kl, relation_logits, split_heads
 from hdcache.schema import MaskSpec, TeacherCard
-from hdcache.taps import Tokens, attention_of, forward_taps, gather_patches, num_blocks, parse_tap
+from hdcache.taps import Tokens, forward_taps, gather_patches, num_blocks, parse_tap
 from hdcache.targets import default_block
 
 if TYPE_CHECKING:
     from hdcache.batch import Batch
 
 NORM_EPS = 1e-6
+UNREAD = {
+    "relation": ("feature", "beta", "temperature"),
+    "feature": ("relations", "heads", "softmax", "temperature"),
+    "class-token": ("relations", "heads", "softmax", "beta", "tokens"),
+}
+"""Fields that a strategy ignores."""
 
 
 class TinyMIMHeads(nn.Module):
@@ -72,8 +79,9 @@ class TinyMIM(Objective):
     relations: tuple[RelationKind, ...] = Field(default=("qk", "vv"), min_length=1)
     """relation: kinds to match, among qk, vv, qq, kk; Tab. 7 finds qk + vv best. Their weights are the recipe's."""
     heads: int | None = Field(default=None, ge=1)
-    """relation: heads that both target block and student block are cut into (section 3.2). null: the teacher's own
-    count. Set it where the teacher itself was trained with other heads in its last block (a TinyMIM teacher)."""
+    """relation: heads that the loss cuts Q, K and V of both blocks into (section 3.2). null: the teacher's own count. Set
+    it where the teacher itself was trained with other heads in its last block (a TinyMIM teacher). The student's block
+    runs with its own heads all the same (a timm checkpoint has one count): the loss alone cuts again."""
     tokens: Literal["all", "patches"] = "all"
     """relation, feature: whether prefix tokens take part. all: as the released code does (the paper's notation counts
     patches only); patches: rows are renormalised over patch keys, so registers or class tokens may differ."""
@@ -93,18 +101,15 @@ class TinyMIM(Objective):
     targets are restricted to what it sees. null: it sees all, as the paper's method does."""
     reconstruction: MAE | None = None
     """MAE's pixel reconstruction beside the distillation (Tab. 5, 12), as loss part pixels; its mask_ratio must be
-    masked_input, because one forward of the student serves both. null: none."""
+    masked_input, because one forward of the student serves both. null: none. It reads the last block's output, which
+    thus attends with the student's own heads; of the paper's adaptive block with the teacher's heads only Q, K and V
+    are ever used."""
 
     @model_validator(mode="after")
     def _settings_are_used(self) -> Self:
         if len(set(self.relations)) != len(self.relations):
             raise ValueError(f"relations {list(self.relations)} names a kind twice")
-        if self.strategy == "relation" and self.feature is not None:
-            raise ValueError("feature is set, but strategy 'relation' reads none; set it to null")
-        if self.strategy != "relation" and self.heads is not None:
-            raise ValueError(f"heads is set, but strategy {self.strategy!r} has no heads; set heads to null")
-        if self.strategy != "relation" and not self.softmax:
-            raise ValueError(f"softmax is false, but strategy {self.strategy!r} has no relations; set softmax to true")
+        self.refuse_unread(UNREAD[self.strategy], f"strategy {self.strategy!r}")
         if self.reconstruction is not None and self.reconstruction.mask_ratio != self.masked_input:
             raise ValueError(
                 f"reconstruction hides {self.reconstruction.mask_ratio:g} of the patches, but masked_input is "
@@ -125,27 +130,15 @@ class TinyMIM(Objective):
 
     def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
         """One teacher's relations of the target block (its QKV for raw scores), or one of its token tensors."""
-        name, card = self._teacher(cards)
-        if card.mask is not None:
+        name = teacher_fit.choose_teachers({"": self.teacher}, cards, {"": self._flags()})[""]
+        card = cards[name]
+        names = self._targets(card.depth)
+        teacher_fit.whole_images(name, card, "", names)
+        if self.strategy == "relation" and not self.softmax and card.qk_norm and set(self.relations) != {"vv"}:
             raise UsageError(
-                f"teacher {name!r} ran on its visible tokens only ({card.mask.kind} mask of {card.mask.ratio:g}), but "
-                "objective 'tinymim' compares whole images; extract the teacher without a mask, under another name"
+                f"teacher {name!r} normalises queries and keys, so its raw ones are not what it compares; "
+                "set objective.softmax=true, or objective.relations=[vv]"
             )
-        if self.strategy == "relation" and not self.softmax:
-            if card.qk_norm and set(self.relations) != {"vv"}:
-                raise UsageError(
-                    f"teacher {name!r} normalises queries and keys, so its raw ones are not what it compares; "
-                    "set objective.softmax=true, or objective.relations=[vv]"
-                )
-            names: tuple[str, ...] = (f"block{self.teacher_block or default_block(card.depth)}.qkv",)
-        elif self.strategy == "relation":
-            block = self.teacher_block or default_block(card.depth)
-            cut = f"@{self.heads}" if self.heads else ""
-            names = tuple(f"block{block}.rel.{kind}{cut}" for kind in self.relations)
-        else:
-            whole = self.strategy == "class-token" and self.teacher_block is None
-            tensor = self.feature or ("final" if whole else "out")
-            names = ("final",) if tensor == "final" else (f"block{self.teacher_block or card.depth}.{tensor}",)
         block = parse_tap(names[0]).block
         if block > card.depth:
             raise UsageError(
@@ -161,6 +154,11 @@ class TinyMIM(Objective):
             raise UsageError(
                 f"objective.student_block is {block}, but the student has {depth} blocks; choose 2 to {depth}, or null"
             )
+        if self.strategy == "relation" and block == 1 and self.reconstruction is None:
+            raise UsageError(
+                "relations of block 1 alone would train no block of the student; give it at least 2 blocks, or set "
+                "objective.strategy=feature"
+            )
         if self.strategy == "relation":
             tap = f"block{block}.qkv"
         else:
@@ -175,6 +173,10 @@ class TinyMIM(Objective):
             return self.student_taps(depth)[0]
         return f"block{parse_tap(self.student_taps(depth)[0]).block - 1}.out"
 
+    def pool_trained(self) -> Pool:
+        """``mean`` where patches alone are compared and no decoder reads the class token."""
+        return "mean" if self.tokens == "patches" and self.reconstruction is None else "cls"
+
     def build(
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
     ) -> TinyMIMHeads:
@@ -186,11 +188,14 @@ class TinyMIM(Objective):
         if self.masked_input is not None:
             hidden_count(layout.cells, self.masked_input, "objective.masked_input")
         if self.strategy == "class-token":
-            _check_class_tokens(student, name, card)
+            teacher_fit.class_tokens(student, name, card)
         else:
-            self._check_layouts(student, name, card)
+            teacher_fit.same_grid(student, {"": (name, card)}, {name: targets})
+            if self.tokens == "all":
+                teacher_fit.same_prefix(student, name, card, "tokens")
         if self.strategy == "relation":
-            self._check_heads(student, parse_tap(tap).block, name, card)
+            teacher_fit.divisible(student, name, card, self.heads)
+            teacher_fit.plain_student(student, parse_tap(tap).block)
             project = None
         else:
             outputs = 3 * card.width if targets[0].endswith(".qkv") else card.width
@@ -274,52 +279,26 @@ class TinyMIM(Objective):
         s = (project(student.prefix[:, 0]).float() / self.temperature).log_softmax(-1)
         return relation_kl(t, s)
 
-    def _teacher(self, cards: Mapping[str, TeacherCard]) -> tuple[str, TeacherCard]:
-        if self.teacher is None:
-            if len(cards) != 1:
-                raise UsageError(
-                    f"objective.teacher is null, which needs exactly one teacher, but there are {len(cards)} "
-                    f"({', '.join(sorted(cards)) or 'none'}); set objective.teacher=NAME"
-                )
-            return next(iter(cards.items()))
-        if self.teacher not in cards:
-            raise UsageError(f"no teacher {self.teacher!r}; {nearest(self.teacher, cards)}")
-        return self.teacher, cards[self.teacher]
+    def _targets(self, depth: int | str) -> tuple[str, ...]:
+        """What is read of a teacher of ``depth`` blocks; of an unknown number ("N") where no block is named."""
+        if self.strategy == "relation":
+            block = self.teacher_block or (default_block(depth) if isinstance(depth, int) else depth)
+            if not self.softmax:
+                return (f"block{block}.qkv",)
+            cut = f"@{self.heads}" if self.heads else ""
+            return tuple(f"block{block}.rel.{kind}{cut}" for kind in self.relations)
+        whole = self.strategy == "class-token" and self.teacher_block is None
+        tensor = self.feature or ("final" if whole else "out")
+        return ("final",) if tensor == "final" else (f"block{self.teacher_block or depth}.{tensor}",)
 
-    def _check_layouts(self, student: nn.Module, name: str, card: TeacherCard) -> None:
-        own, theirs = student_layout(student), teacher_layout(card)
-        if own.slots != theirs.slots:
-            raise UsageError(
-                f"strategy {self.strategy!r} compares token with token, but the student has {own} and teacher {name!r} "
-                f"{theirs}; clips are distilled into networks of as many frames, images into networks of images"
-            )
-        if own.grid != theirs.grid:
-            model: Any = student
-            height, width = (rows * int(p) for rows, p in zip(theirs.grid, model.patch_embed.patch_size, strict=True))
-            size = height if height == width else [height, width]
-            raise UsageError(
-                f"strategy {self.strategy!r} compares token with token, but the student has {own} and teacher {name!r} "
-                f"{theirs}; set student.arguments.img_size={size}"
-            )
-        if self.tokens == "all" and own.prefix != theirs.prefix:
-            raise UsageError(
-                f"strategy {self.strategy!r} compares all tokens, but the student has {own} and teacher {name!r} "
-                f"{theirs}; set objective.tokens=patches"
-            )
-
-    def _check_heads(self, student: nn.Module, block: int, name: str, card: TeacherCard) -> None:
-        heads, width = self.heads or card.heads, student_layout(student).width
-        for whose, columns in ((f"teacher {name!r}", card.width), ("the student", width)):
-            if columns % heads:
-                raise UsageError(
-                    f"{heads} heads do not divide the width {columns} of {whose}; set objective.heads to a divisor of "
-                    f"{card.width} and {width}"
-                )
-        if not isinstance(attention_of(student, block).q_norm, nn.Identity):
-            raise UsageError(
-                f"block{block} of the student normalises Q and K per head, so it cannot take the teacher's heads; "
-                "set student.arguments.qk_norm=false"
-            )
+    def _flags(self) -> str:
+        """What ``hdcache extract`` is told of a teacher that is not there, whose depth is not known."""
+        (name, *_) = self._targets("N")
+        if not name.startswith("blockN."):
+            return teacher_fit.flags((name,))
+        if self.strategy == "relation":
+            return "(without --tap: the block that is read by default)"
+        return f"--tap {name} (N: its last block)"
 
 
 def restricted(target: Tensor, prefix: int, keep_prefix: bool, visible: Tensor | None = None) -> Tensor:
@@ -338,12 +317,3 @@ def restricted(target: Tensor, prefix: int, keep_prefix: bool, visible: Tensor |
     else:
         target = target[..., prefix:, prefix:]
     return target / target.sum(-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny)
-
-
-def _check_class_tokens(student: nn.Module, name: str, card: TeacherCard) -> None:
-    model: Any = student
-    for whose, has in (("the student", bool(model.has_class_token)), (f"teacher {name!r}", card.class_token)):
-        if not has:
-            raise UsageError(
-                f"strategy 'class-token' needs a class token, which {whose} lacks; use strategy 'feature' or 'relation'"
-            )

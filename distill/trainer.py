@@ -31,9 +31,9 @@ from hdcache.progress import Progress
 from hdcache.schema import Preprocessing
 from hdcache.teachers import choose_precision
 
-Monitor = Callable[[nn.Module, Preprocessing, str], dict[str, float]]
-"""Called with (student, its input, the deepest layer that training reaches); returns layer -> accuracy in percent, and
-leaves the student and its mode as they were."""
+Monitor = Callable[[nn.Module, Preprocessing, str, str, int], dict[str, float]]
+"""Called with (student, its input, the deepest layer that training reaches, how its tokens are pooled); returns layer ->
+accuracy in percent, and leaves the student and its mode as they were."""
 
 
 class Step(nn.Module):
@@ -106,7 +106,9 @@ def train(
         (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
     wrapped: nn.Module = step_module
     if ranks.world > 1:
-        # An objective may leave a part of the student without gradient (TinyMIM's last block).
+        # An objective may leave a part of the student without gradient (TinyMIM's last block), so the search for it stays
+        # on. Where it finds nothing, torch warns in every run, from C++ and past Python's filters; so it finds this.
+        step_module.register_parameter("unused", nn.Parameter(torch.zeros((), device=device)))
         wrapped = nn.parallel.DistributedDataParallel(
             step_module, device_ids=[device.index or 0] if device.type == "cuda" else None, find_unused_parameters=True
         )

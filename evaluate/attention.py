@@ -128,7 +128,8 @@ def attention_profile(
     Raises
     ------
     UsageError
-        for no images, a block that is not there, attention that cannot be read, or a network of clips.
+        for no images, a block that is not there, attention that cannot be read, a network of clips, or
+        videos.
     UnreadableImage
         for an image that cannot be read: other images would be another measurement.
     InputNotFound
@@ -142,6 +143,10 @@ def attention_profile(
             raise UsageError(f"{name}: expected at least 1, found {value}")
     if backbone.preprocessing.frames is not None:
         raise UsageError(f"{backbone.source} takes clips; attention distance is defined for still images only")
+    if dataset.card.kind == "video":
+        raise UsageError(
+            f"{dataset.card.spec} holds videos; attention is measured on still images: name a data set of images"
+        )
     rows, columns = model.patch_embed.grid_size
     grid, patch = (int(rows), int(columns)), int(model.patch_embed.patch_size[0])
     prefix, center = int(model.num_prefix_tokens), ViewSpec(kind="center-crop", flip=0.0)

@@ -98,7 +98,8 @@ def embed_layers(
         norm it is still at its identity initialisation, hence a plain LayerNorm.
     pool
         ``cls``, ``mean`` (of the patch tokens; class and register tokens left out) or ``cls+mean`` (each part
-        l2-normalised, then side by side: D is twice the width); None is ``cls`` for a model that has a class token.
+        l2-normalised, then side by side: D is twice the width); None is ``cls`` for a model that has a class token, unless training
+        never reached that token (``backbone.pool_trained``).
     threads
         decoders; by default one for each core. At most two batches are decoded ahead.
     fraction
@@ -120,16 +121,15 @@ def embed_layers(
     chosen = (backbone.last_trained,) if layers is None else tuple(layers)
     for layer in chosen:
         check_layer(backbone.model, layer)
-    pool = check_pool(backbone.model, pool)
+    pool = check_pool(backbone.model, pool, backbone.pool_trained)
     for name, value in (("batch_size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}")
     spec = centre_view(backbone, fraction, stride)
     if (dataset.card.kind == "video") != (spec.frames is not None):
-        holds = "videos" if dataset.card.kind == "video" else "images"
         takes = "still images" if spec.frames is None else f"clips of {spec.frames} frames"
         raise UsageError(
-            f"{dataset.card.spec} holds {holds}, but {backbone.architecture} takes {takes}; give data or a network of the "
+            f"{dataset.card.spec} holds {dataset.card.noun}, but {backbone.architecture} takes {takes}; give data or a network of the "
             "other kind (a folder of videos is video:PATH)"
         )
     readers = threads or os.cpu_count() or 1
@@ -158,7 +158,7 @@ def embed_layers(
         model.train(was_training)
     if not rows:
         raise InputNotFound(
-            f"{dataset.card.spec}: expected readable images, found none among {len(dataset.ids)} samples "
+            f"{dataset.card.spec}: expected readable {dataset.card.noun}, found none among {len(dataset.ids)} samples "
             f"(first: {next(iter(failed.items()), 'no samples')}); check the path and the files"
         )
     ids, labels = tuple(dataset.ids[index] for index in kept), np.asarray(dataset.labels, np.int64)[kept]
@@ -214,11 +214,11 @@ def check_layer(model: nn.Module, layer: str) -> None:
         )
 
 
-def check_pool(model: nn.Module, pool: str | None) -> str:
-    """``pool``, or the model's default; :class:`UsageError` if the model cannot be pooled so."""
+def check_pool(model: nn.Module, pool: str | None, trained: str = "cls") -> str:
+    """``pool``, or by default ``trained`` where there is a class token; :class:`UsageError` if the model cannot be pooled so."""
     has_class_token = bool(model.has_class_token)
     if pool is None:
-        return "cls" if has_class_token else "mean"
+        return trained if has_class_token else "mean"
     if pool not in POOLS:
         raise UsageError(f"pool {pool!r}: expected one of {', '.join(POOLS)}")
     if "cls" in pool and not has_class_token:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from hdcache.backbones import Backbone
+from hdcache.datasets import Dataset
 from hdcache.errors import UsageError
 from hdcache.evaluate.embed import FRACTION, Features, check_pool, embed_layers
 from hdcache.evaluate.run import chosen_layers, classify, open_labelled
@@ -29,14 +31,15 @@ def knn_monitor(
     stride: int | None = None,
     batch_size: int = 64,
     threads: int | None = None,
-) -> Callable[[nn.Module, Preprocessing, str], dict[str, float]]:
-    """What ``distill`` calls with (student, its input, its last trained layer): layer -> top-1 in percent.
+) -> Callable[..., dict[str, float]]:
+    """What ``distill`` calls with (student, its input, its last trained layer, its pooling, its stride): layer -> top-1.
 
     The data sets are opened here, once; the student is scored as :func:`hdcache.evaluate.run.knn_eval` scores a
-    written one, on the device where it is, in evaluation mode, and comes back in the mode it had. No random number is
+    written one, in percent, on the device where it is, in evaluation mode, and comes back in the mode it had. No random number is
     drawn. ``layers`` is one, several, ``all``, or None for the last trained one. Without ``test`` each image of
     ``train`` is classified by the others. A ``k`` above the size of the bank is lowered to it. ``stride`` is that of the
-    clips that a student of clips is shown, 4 by default: give the one it is trained with.
+    clips that a student of clips is shown; None: the one it is trained with. Samples that cannot be read are left out, and
+    counted on stderr when they are first met.
 
     Raises
     ------
@@ -50,21 +53,42 @@ def knn_monitor(
         raise UsageError(f"crop {crop} must lie above 0 and be at most 1: the share of the shorter side to keep")
     sets = open_labelled(train, test)
 
-    def measure(student: nn.Module, preprocessing: Preprocessing, last_trained: str) -> dict[str, float]:
+    told: set[str] = set()
+
+    def tell(found: Features, dataset: Dataset) -> None:
+        if found.failed and dataset.card.spec not in told:
+            told.add(dataset.card.spec)
+            name, reason = next(iter(found.failed.items()))
+            sys.stderr.write(
+                f"k-NN while training: {len(found.failed)} of {len(dataset.ids)} samples of {dataset.card.spec} cannot be "
+                f"read and are left out; the first: {name}: {reason}\n"
+            )
+
+    def measure(
+        student: nn.Module,
+        preprocessing: Preprocessing,
+        last_trained: str,
+        pool_trained: str = "cls",
+        trained_stride: int | None = None,
+    ) -> dict[str, float]:
         chosen = chosen_layers(student, layers)
         check_pool(student, pool)
         # Only what embedding reads; a student in training has no name and no fixed weights yet.
-        backbone = Backbone(student, "the student", {}, preprocessing, "", "", "", last_trained)
+        backbone = Backbone(student, "the student", {}, preprocessing, "", "", "", last_trained, pool_trained)
         device = str(next(student.parameters()).device)
+
+        shown = stride if stride is not None or preprocessing.frames is None else trained_stride
 
         def features(which: int) -> tuple[Features, ...]:
             return embed_layers(
                 backbone, sets[which], chosen, pool=pool, device=device, batch_size=batch_size, threads=threads,
-                fraction=crop, stride=stride,
+                fraction=crop, stride=shown,
             )  # fmt: skip
 
         banks = features(0)
         asked = banks if sets[1] is sets[0] else features(1)
+        tell(banks[0], sets[0])
+        tell(asked[0], sets[1])
         return {
             bank.layer: next(iter(classify(bank, queries, sets, [k], temperature).per_k.values())).top1
             for bank, queries in zip(banks, asked, strict=True)

@@ -198,7 +198,7 @@ def format_table(result: dict[str, Any]) -> str:
         f"{chance['majority']:.2f} % by always saying the bank's largest class",
     ]
     lines += [
-        f"failed   {len(facts['failed'])} images in {facts['spec']} unreadable, first {next(iter(facts['failed']))}"
+        f"failed   {len(facts['failed'])} samples of {facts['spec']} unreadable, first {next(iter(facts['failed']))}"
         for facts in (data, result["test"])
         if facts and facts["failed"]
     ]

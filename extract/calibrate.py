@@ -141,7 +141,7 @@ def repair_constants(
         if hashlib.sha256(data).hexdigest() != record.objects[key].sha256:
             raise StoreMismatch(
                 f"{store.teacher_path(record.name) / key}: missing or damaged, and cannot be made again as it was "
-                f"(other images, hardware or versions); copy it from a backup, or extract the teacher under a new name: "
+                f"(other {dataset.card.noun}, hardware or versions); copy it from a backup, or extract the teacher under a new name: "
                 f"--teacher {record.name}-2=..."
             )
     for key in damaged:
@@ -177,7 +177,7 @@ def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threa
                     return torch.stack(found[:wanted]), ids[:wanted]
     if not found:
         raise InputNotFound(
-            f"{dataset.card.spec}: none of {store.card.dataset.count} images could be read; the first: {reason}"
+            f"{dataset.card.spec}: none of {store.card.dataset.count} {dataset.card.noun} could be read; the first: {reason}"
         )
     return torch.stack(found), ids
 

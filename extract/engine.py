@@ -6,6 +6,8 @@ place as a blank image, so a shard's bytes depend on nothing but its own rows: a
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,7 @@ from hdcache.masks import pack_visible
 from hdcache.plain_encodings import Parts
 from hdcache.reader import MASK_ARRAY, read_shard_geometry
 from hdcache.rendering import input_shape
+from hdcache.resources import memory_budget
 from hdcache.samples import Recorded, open_sample
 from hdcache.schema import Preprocessing
 from hdcache.store import Store
@@ -34,7 +37,7 @@ from hdcache.teachers import Teacher, batches
 from hdcache.views import row_order
 
 AHEAD = 2
-"""Shards decoded ahead of the forward pass, and shards waiting to be written."""
+"""Shards whose pixels are held at once, the one that the teacher sees among them, and shards waiting to be written."""
 ENOUGH_TO_JUDGE = 8
 """Rows of one shard that, all without finite features, condemn the teacher and, all gone, the data set."""
 
@@ -56,7 +59,7 @@ class Timing:
     def bottleneck(self) -> str:
         """The stage to speed up first."""
         stages = {
-            "reading and decoding images": self.waiting_for_images,
+            "reading and decoding": self.waiting_for_images,
             "teacher forward": self.forward,
             "encoding": self.encode,
             "writing": self.waiting_for_disk,
@@ -137,6 +140,9 @@ class Pipeline:
         self.store, self.dataset, self.teacher = store, dataset, teacher
         self.threads, self.max_failures = threads, max_failures
         self.timing = Timing()
+        pixels = store.card.rows_per_shard * math.prod(input_shape(teacher.card.preprocessing))
+        self.ahead = AHEAD if AHEAD * pixels <= memory_budget() else 1
+        """Shards of pixels that fit into memory; with one, decoding and the teacher wait for each other."""
 
     def run(self, writer: ViewWriter, shards: Sequence[int], advance: Callable[[int, Timing], None]) -> None:
         """Extract ``shards`` of one view; on any error what was finished stays, with its receipts.
@@ -163,7 +169,7 @@ class Pipeline:
                         self._settle(written, 0)
                         self._heed_a_stop()
                     # A shard's recorded geometry is read by a thread too, one shard before it is needed.
-                    while (waiting or listed) and len(ahead) < AHEAD:
+                    while (waiting or listed) and len(ahead) < self.ahead:
                         while waiting and len(listed) < 2:
                             shard = waiting.pop(0)
                             listed.append((shard, decoding.submit(shard_rows, self.store, writer.view, shard)))
@@ -175,10 +181,13 @@ class Pipeline:
                     self.timing.waiting_for_images += time.perf_counter() - started
                     if len(rows) >= ENOUGH_TO_JUDGE and all(row.gone for row in rows):
                         raise InputNotFound(
-                            f"{self.dataset.card.spec}: no image of shard {shard} could be read ({rows[0].reason}); is the "
+                            f"{self.dataset.card.spec}: none of the {self.dataset.card.noun} of shard {shard} could be read ({rows[0].reason}); is the "
                             "data set still there? Finished shards are safe: bring it back and run the same command again"
                         )
                     parts, failed, saturated = self._forward(writer, shard, rows)
+                    # What waits to be written needs the rows' numbers, not their pixels.
+                    rows = [dataclasses.replace(row, pixels=None) for row in rows]
+                    futures.clear()
                     self._settle(written, AHEAD - 1)
                     written.append((len(rows), writing.submit(writer.write, shard, rows, parts, failed, saturated)))
                     first = shard * self.store.card.rows_per_shard
@@ -234,7 +243,7 @@ class Pipeline:
     def _check_failures(self) -> None:
         if self.max_failures is not None and len(self.timing.failed) > self.max_failures:
             raise TooManyFailures(
-                f"{len(self.timing.failed)} images failed, more than --max-failures {self.max_failures}; "
+                f"{len(self.timing.failed)} {self.dataset.card.noun} failed, more than --max-failures {self.max_failures}; "
                 f"the first: {next(iter(self.timing.failed.values()))}"
             )
 

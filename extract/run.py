@@ -7,10 +7,11 @@ The same command again finishes what is missing, retries rows that failed, and c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,13 +27,18 @@ from hdcache.extract.writer import ViewWriter
 from hdcache.progress import Progress, size
 from hdcache.reader import TeacherReader
 from hdcache.records import differences
+from hdcache.rendering import input_shape
 from hdcache.resources import available_cores
 from hdcache.schema import MaskSpec, StoreCard, TapCard, TapRequest, TeacherRecord, ViewSpec
-from hdcache.store import Store, write_lock
+from hdcache.store import ROOT_LOCK, Store, write_lock
 from hdcache.tap_requests import request_all
+from hdcache.taps import check_readable, parse_tap
 from hdcache.targets import default_block
 from hdcache.teachers import Teacher, absolute_spec, choose_device, load_teacher, split_name
 from hdcache.views import check_input, check_views, default_views, parse_views
+
+SHARD_PIXELS = 256 << 20
+"""Bytes of pixels that a shard may need while it is decoded and waits for its teacher."""
 
 
 def extract(
@@ -79,6 +85,9 @@ def extract(
         ``tube:0.75``; the share is hidden): another mask or seed is another teacher, under a name of its own.
     batch
         images per forward pass; a rerun uses the number that the teacher was started with.
+    rows_per_shard
+        rows that are written together, at most: fewer for small data, and where their pixels would fill more than
+        :data:`SHARD_PIXELS` bytes.
     max_failures
         stop when more images than this cannot be read; None never stops.
 
@@ -96,24 +105,40 @@ def extract(
         )
     where = choose_device(device)
     workers = available_cores() if threads is None else threads
-    dataset, opened = open_or_create(data, Path(store).expanduser(), views, view_seed, rows_per_shard)
+
+    def prepare(spec: str, drawn: ViewSpec, fixed: Path | None = None) -> tuple[Teacher, list[TapRequest]]:
+        teacher = load_teacher(
+            spec,
+            img_size=img_size,
+            mask=teacher_mask,
+            mask_seed=teacher_mask_seed,
+            precision=precision,
+            device=where,
+            batch=batch,
+            taps=list(taps),
+        )
+        check_input(drawn, teacher.card.preprocessing, f"teacher {teacher.name}", fixed)
+        requests = request_all(taps or default_taps(teacher), encoding, fidelity, top_k)
+        for request in requests:
+            check_readable(teacher.backbone.model, parse_tap(request.tap, teacher.card.depth))
+        return teacher, requests
+
+    prepared: list[tuple[Teacher, list[TapRequest]]] = []
+
+    def prepare_all(drawn: ViewSpec) -> int:
+        prepared[:] = [prepare(spec, drawn) for spec in teachers]
+        return max(math.prod(input_shape(teacher.card.preprocessing)) for teacher, _ in prepared)
+
+    path = Path(store).expanduser()
+    dataset, opened = open_or_create(data, path, views, view_seed, rows_per_shard, prepare_all)
     summary = ExtractSummary(str(opened.path))
     for spec in teachers:
         name = split_name(spec)[0]
         with opened.lock(name):
             known = opened.teacher(name) if name in opened.teachers() else None
-            teacher = load_teacher(
-                spec,
-                img_size=img_size,
-                mask=teacher_mask,
-                mask_seed=teacher_mask_seed,
-                precision=precision,
-                device=where,
-                batch=known.batch if known else batch,
-                taps=list(taps),
-            )
-            check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}")
-            requests = request_all(taps or default_taps(teacher), encoding, fidelity, top_k)
+            teacher, requests = prepared.pop(0) if prepared else prepare(spec, opened.card.views, path)
+            check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}", path)
+            teacher = dataclasses.replace(teacher, batch=known.batch if known else batch)
             record, encoders = open_or_calibrate(
                 opened, dataset, teacher, requests, known, threads=workers, source=absolute_spec(split_name(spec)[1])
             )
@@ -126,29 +151,40 @@ def extract(
 
 
 def open_or_create(
-    data: str | None, path: Path, views: str | ViewSpec | None, seed: int, rows_per_shard: int
+    data: str | None,
+    path: Path,
+    views: str | ViewSpec | None,
+    seed: int,
+    rows_per_shard: int,
+    prepare: Callable[[ViewSpec], int] = lambda drawn: 1,
 ) -> tuple[Dataset, Store]:
-    """The data set and its store; an existing store must have been made from the same data and views."""
+    """The data set and its store; a store that holds something must have been made from the same data and views.
+
+    ``prepare`` is called with the views before a store is made, refuses what would not fit them, and returns the bytes
+    of one row's pixels. A store that nothing was written to, as a refused command leaves it, is made anew.
+    """
     asked = views if isinstance(views, ViewSpec) else parse_views(views or "mae", seed)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; give --store a folder")
-    if not (path / "zarr.json").is_file():
-        if data is None:
-            raise InputNotFound(
-                f"{path}: no store there yet; name the data set too: 'hdcache extract DATA --store {path} ...'"
-            )
-        dataset = open_dataset(data)
-        asked = parse_views(default_views(dataset.card), seed) if views is None else asked
-        check_views(asked, dataset.card)
-        shard = shard_size(dataset.card.count, rows_per_shard)
-        card = StoreCard(
-            dataset=dataset.card,
-            views=asked,
-            rows_per_shard=shard,
-            rows_per_chunk=min(8, shard),
+    there = Store.open(path) if (path / "zarr.json").is_file() else None
+    if there is None and data is None:
+        raise InputNotFound(
+            f"{path}: no store there yet; name the data set too: 'hdcache extract DATA --store {path} ...'"
         )
-        with write_lock(path / ".lock"):
+    if data is not None and (there is None or not there.begun):
+        dataset = open_dataset(data)
+        if views is None:
+            same = there is not None and not seed and not dataset_differences(dataset, there)
+            asked = there.card.views if there and same else parse_views(default_views(dataset.card), seed)
+        check_views(asked, dataset.card)
+        shard = shard_size(dataset.card.count, rows_per_shard, prepare(asked))
+        card = StoreCard(dataset=dataset.card, views=asked, rows_per_shard=shard, rows_per_chunk=min(8, shard))
+        with write_lock(path / ROOT_LOCK):
             # Another process may have been faster; its store is then held to the same settings.
+            if (path / "zarr.json").is_file():
+                other = Store.open(path)
+                if other.card.views != asked or dataset_differences(dataset, other):
+                    other.withdraw()
             if not (path / "zarr.json").is_file():
                 return dataset, Store.create(
                     path,
@@ -182,11 +218,14 @@ def decoders(kind: str) -> list[str]:
     return ["hdcache", "zarr", "numcodecs", "numpy", "pillow", *(["av"] if kind == "video" else [])]
 
 
-def shard_size(count: int, wanted: int) -> int:
-    """Rows per shard: whole chunks of 8, and for a small data set so few that it still gets several shards."""
+def shard_size(count: int, wanted: int, pixels: int = 1) -> int:
+    """Rows per shard: whole chunks of 8, and for a small data set so few that it still gets several shards.
+
+    Fewer too where rows of ``pixels`` bytes are so large that a shard of them would need more than :data:`SHARD_PIXELS`.
+    """
     if wanted < 1:
         raise UsageError(f"rows_per_shard {wanted} must be at least 1")
-    return wanted if wanted < 8 else max(8, min(wanted, -(-count // 8)) // 8 * 8)
+    return wanted if wanted < 8 else max(8, min(wanted, -(-count // 8), SHARD_PIXELS // pixels) // 8 * 8)
 
 
 def dataset_differences(dataset: Dataset, store: Store) -> list[str]:
@@ -231,7 +270,7 @@ def open_or_calibrate(
         "dataset": store.card.dataset.fingerprint,
         "views": store.card.views.model_dump(mode="json"),
     }
-    found = known.identity()
+    found = known.identity() | {"card": known.card.told_by(teacher.card).model_dump(mode="json")}
     found["requests"] = sorted(found["requests"], key=lambda entry: str(entry["tap"]))
     lines = differences(asked, found)
     if lines:

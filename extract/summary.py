@@ -77,7 +77,7 @@ def format_summary(summary: ExtractSummary) -> str:
             )
     if summary.failed:
         lines.append(
-            f"{len(summary.failed)} images failed and are recorded as failed rows; the same command tries them again:"
+            f"{len(summary.failed)} samples failed and are recorded as failed rows; the same command tries them again:"
         )
         lines += [f"  {reason}" for reason in list(summary.failed.values())[:20]]
         if len(summary.failed) > 20:

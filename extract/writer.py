@@ -149,6 +149,7 @@ class ViewWriter:
         if known is not None and not failed.keys() < known.failed.keys():
             return 0
         self.ledger.unseal()
+        self.ledger.withdraw(shard)
         start = shard * self.store.card.rows_per_shard
         span = (start, start + len(rows))
         blocks = {f"{tap}/{name}": block for tap, arrays in parts.items() for name, block in arrays.items()}
@@ -217,6 +218,7 @@ class ViewWriter:
         with self._view_lock():
             if stored is None or self.geometry.receipt(shard) is not None:
                 return  # another process was faster
+            what, an = ("video", "a video") if self.store.card.views.frames else ("image", "an image")
             geometry, digests = (self._salvaged(name, span) for name in self._geometry_writers)
             if geometry is not None and [row.sample for row in rows] != geometry[:, 0].tolist():
                 geometry = None
@@ -233,11 +235,11 @@ class ViewWriter:
                     (old is not None and tuple(old[6:8]) != row.source_size)
                     or (seen is not None and seen.tobytes() != row.digest)
                 ):
-                    why = f"{self.store.ids[row.sample]}: the image changed since its view was recorded"
+                    why = f"{self.store.ids[row.sample]}: the {what} changed since its view was recorded"
                 if why and span[0] + i not in stored.failed:
                     raise StoreMismatch(
-                        f"{self.geometry.folder}: the geometry of shard {shard} is lost and an image it is made from "
-                        f"cannot be used ({why}); restore that image and run the same command again"
+                        f"{self.geometry.folder}: the geometry of shard {shard} is lost and {an} it is made from "
+                        f"cannot be used ({why}); restore that {what} and run the same command again"
                     )
                 if why:
                     drawn[i], hashes[i] = Row(row.sample, None).geometry(self._columns), 0

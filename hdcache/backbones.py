@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from hdcache.checkpoints import first_line, fitted, is_head, load_strictly, read
 from hdcache.errors import InputNotFound, UsageError, nearest
 from hdcache.schema import Preprocessing
 from hdcache.taps import num_blocks
-from hdcache.video_vit import fix_video_positions, video_arguments
+from hdcache.video_vit import fix_video_positions, video_arguments, without_unset
 
 WEIGHTS_FILE, CONFIG_FILE = "student.safetensors", "config.json"
 
@@ -60,6 +60,8 @@ class Backbone:
     last_trained: str
     """Tap name of the deepest layer that training reached: ``final``, or ``block11.out`` where an objective
     leaves the last block's tail at its initial values (relation distillation does)."""
+    pool_trained: str = "cls"
+    """How its tokens are pooled by default: ``mean`` where training never reached its class token, else ``cls``."""
 
 
 def load_backbone(spec: str, *, img_size: int | None = None, classifier: bool = False) -> Backbone:
@@ -152,7 +154,7 @@ def create_vit(
     """
     if arguments.get("in_chans", 3) != 3:
         raise UsageError(f"{architecture}: in_chans {arguments['in_chans']}; images have 3 channels, leave it out")
-    options = {key: value for key, value in arguments.items() if key != "frames" or value is not None}
+    options = without_unset(arguments)
     if clips := not {"frames", "tubelet"}.isdisjoint(options):
         options = video_arguments(architecture, options)
     if clips and pretrained:
@@ -167,7 +169,7 @@ def create_vit(
             if pretrained:
                 _check_hub_weights(model, architecture)
                 # timm itself loads them: for some networks it resamples positions in a way of their own.
-                model = timm.create_model(architecture, pretrained=True, **arguments)
+                model = timm.create_model(architecture, pretrained=True, **options)
     except UsageError:
         raise
     except (OSError, RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
@@ -305,7 +307,7 @@ def save_student(
         "architecture": architecture,
         "num_classes": 0,
         "num_features": int(model.num_features),  # type: ignore[arg-type]  # nn.Module's attributes are untyped
-        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"} | clips,
+        "model_args": {key: value for key, value in without_unset(arguments).items() if key != "num_classes"} | clips,
         "pretrained_cfg": {
             "input_size": [3, preprocessing.size, preprocessing.size],
             "fixed_input_size": True,
@@ -333,7 +335,7 @@ def _load_student(folder: Path, img_size: int | None) -> Backbone:
         arguments = dict(config["model_args"]) | {"num_classes": 0}
         about = config["hdcache"]
         preprocessing = Preprocessing.model_validate(about["preprocessing"])
-        last_trained = str(about["last_trained"])
+        last_trained, pool = str(about["last_trained"]), str(about.get("pool_trained", "cls"))  # old folders lack it
     except (KeyError, ValueError, TypeError) as error:
         raise InputNotFound(f"{folder / CONFIG_FILE}: not a student that hdcache wrote ({error!r})") from None
     state = read_state(weights)
@@ -342,4 +344,5 @@ def _load_student(folder: Path, img_size: int | None) -> Backbone:
         preprocessing = preprocessing.model_copy(update={"size": img_size})
     model = create_vit(architecture, arguments)
     load_strictly(model, state, str(weights))
-    return _freeze(model, architecture, arguments, str(folder), "unknown", last_trained, preprocessing)
+    found = _freeze(model, architecture, arguments, str(folder), "unknown", last_trained, preprocessing)
+    return replace(found, pool_trained=pool)

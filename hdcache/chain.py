@@ -25,8 +25,10 @@ from torch import nn
 from hdcache import draws
 from hdcache.backbones import Backbone
 from hdcache.datasets import open_dataset
+from hdcache.distill.fresh_views import check_varied
 from hdcache.distill.run import distill, resolve
 from hdcache.distill.settings import Recipe
+from hdcache.distill.state import saved_facts
 from hdcache.distill.student import build_student, student_input
 from hdcache.durable import durable_write
 from hdcache.errors import StoreMismatch, UsageError
@@ -40,6 +42,7 @@ from hdcache.taps import check_readable, num_blocks, parse_tap
 from hdcache.target_sources import LiveTargets
 from hdcache.targets import sources
 from hdcache.teachers import Teacher, card_of, choose_device, choose_precision, load_teacher, split_name
+from hdcache.views import default_views, parse_views
 
 # What a run may change when it goes on.
 FREE_FIELDS = {"log_every", "save_every_epochs", "save_every_minutes"}
@@ -126,7 +129,12 @@ def distill_chain(
     first = load_teacher(spec, name=own, precision=precision, batch=batch)
     classes = len(dataset.classes)
     stages = plan_stages(folder, first, spec, recipes, overrides or {}, stage_overrides or {}, classes)
+    if (store_path / "zarr.json").is_file():
+        drawn = Store.open(store_path).card.views
+    else:
+        drawn = views if isinstance(views, ViewSpec) else parse_views(views or default_views(dataset), view_seed)
     for stage in stages:
+        check_varied(stage.recipe, drawn, "with another --store give --views")
         for tap in stage.taps:
             request(tap, encoding, fidelity)
         if stage.recipe.batch_size > dataset.count:
@@ -134,7 +142,7 @@ def distill_chain(
                 f"{_title(stage)}: batch_size {stage.recipe.batch_size} is more than the {dataset.count:,} images; "
                 "choose a smaller batch_size"
             )
-    check_leftovers(store_path, stages)
+    check_leftovers(store_path, stages, num_views)
     del first  # extraction loads it again, on the device
     began, done = time.perf_counter(), []
     for stage in stages:
@@ -157,6 +165,7 @@ def distill_chain(
             | {key: facts[key] for key in ("rows", "rows_written", "bytes")}
             | {"seconds_extract": facts["seconds"], "seconds_distill": result["seconds"]}
             | {key: result[key] for key in ("steps", "samples_per_second", "loss", "last_trained")}
+            | {"preferred": result.get("preferred", result["out"])}
         )
     found = {"out": str(folder), "store": str(store_path), "seconds": round(time.perf_counter() - began, 1)}
     durable_write(folder / "chain.json", json.dumps(found | {"stages": done}, indent=1).encode())
@@ -205,7 +214,7 @@ def plan_stages(
     return stages
 
 
-def check_leftovers(store: Path, stages: Sequence[Stage]) -> None:
+def check_leftovers(store: Path, stages: Sequence[Stage], num_views: int) -> None:
     """Refuse folders and teachers of other chains that a later stage would only find after the stages before it.
 
     Raises
@@ -213,7 +222,7 @@ def check_leftovers(store: Path, stages: Sequence[Stage]) -> None:
     UsageError
         for a file where a run's folder would be.
     StoreMismatch
-        for a run of another recipe, or a stored teacher that this chain has yet to train.
+        for a run of another recipe or number of views, or a stored teacher that this chain has yet to train.
     """
     known = Store.open(store).teachers() if (store / "zarr.json").is_file() else []
     finished = True
@@ -236,6 +245,12 @@ def check_leftovers(store: Path, stages: Sequence[Stage]) -> None:
                     f"{_title(stage)}: {stage.folder} holds a run of other settings ({changed}); "
                     "give another --out, or the settings it has"
                 )
+        seen = saved_facts(stage.folder).get("num_views", num_views)
+        if seen != num_views:
+            raise StoreMismatch(
+                f"{_title(stage)}: {stage.folder} holds a run of {seen} views, asked was --num-views {num_views}; "
+                f"give another --out and --store, or --num-views {seen}"
+            )
         finished = (stage.folder / "run.json").is_file()
 
 
@@ -257,7 +272,7 @@ def format_chain(result: Mapping[str, Any]) -> str:
     if failed:
         lines.append(f"{failed} images failed in extraction (--json names them); the same command tries them again")
     last = result["stages"][-1]
-    lines.append(f"score it: hdcache knn-eval {last['out']} --train DATA --test DATA")
+    lines.append(f"score it: hdcache knn-eval {last['preferred']} --train DATA --test DATA")
     return "\n".join(lines)
 
 
@@ -284,13 +299,20 @@ def _needed_taps(
     for tap in taps:
         check_readable(teacher.backbone.model, parse_tap(tap))
         if _depth_of(tap) > reach:
+            known = [name for name in ("teacher_block", "teacher_blocks", "feature") if hasattr(plan.objective, name)]
+            fields = ", ".join(f"objective.{name}" for name in known)
             raise UsageError(
                 f"it reads {tap} of teacher {teacher.name!r}, whose training ended at {teacher.backbone.last_trained}; "
-                "choose a block or feature that was trained (objective.teacher_block, objective.feature)"
+                + (
+                    f"choose a block or feature that was trained ({fields})"
+                    if known
+                    else "let the stage before train its whole student, with objective.strategy=feature for instance"
+                )
             )
-    LiveTargets(teacher, targets, taps)  # head counts and norms that cannot be derived are refused here
     generator = torch.Generator().manual_seed(draws.integer_seed(plan.seed, "heads"))
+    # The loss knows which of its fields do not fit; what it does not look at, such as norms, is refused after it.
     plan.objective.build(student, cards, num_classes, generator)
+    LiveTargets(teacher, targets, taps)
     return taps
 
 

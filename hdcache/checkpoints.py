@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 from hdcache.errors import InputNotFound, UsageError
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+# A classifier that stands beside all else under a name of its own (mmaction2).
+_CLASSIFIER = "cls_head."
+# How the transformers library names the layers of ViT and VideoMAE.
+_TRANSFORMERS = re.compile(r"(^|\.)encoder\.layer\.\d+\.")
 # What VideoMAE and AMD train beside the encoder (released code, modeling_pretrain.py).
 _PRETRAINING = ("decoder.", "encoder_to_decoder.", "mask_token", "generators.", "encoder.projection_heads.")
 
@@ -27,7 +32,10 @@ def first_line(error: Exception) -> str:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors by parameter name, from a .safetensors file or a pickle of nothing but tensors.
+    """Tensors by parameter name, from a .safetensors file or a pickle of tensors and plain values.
+
+    Released training scripts (MAE's, VideoMAE's) save their command line beside the weights: an ``argparse.Namespace``
+    is read too, which holds plain values as well.
 
     Raises
     ------
@@ -42,7 +50,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # weights_only refuses pickles that hold more than tensors with an UnpicklingError that names the first.
         if found := re.search(r"GLOBAL (\S+)", str(error)):
@@ -61,6 +70,7 @@ def unwrapped(state: Any, where: str) -> dict[str, Tensor]:
         state = inner[0] if inner else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{where}: expected a mapping from parameter names to tensors; save the state_dict alone")
+    state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIER)}
     while state and (common := [p for p in _PREFIXES if all(key.startswith(p) for key in state)]):
         state = {key[len(common[0]) :]: value for key, value in state.items()}
     return dict(state)
@@ -102,11 +112,20 @@ def fitted(model: nn.Module, state: dict[str, Tensor], where: str) -> dict[str, 
             for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
             if keys
         ]
-        raise UsageError(
-            f"{where} does not fit {type(model).__name__} ({'; '.join(parts)}); "
-            "give the architecture and options that the checkpoint was made with"
-        )
+        raise UsageError(f"{where} does not fit {type(model).__name__} ({'; '.join(parts)}); {_advice(state, own)}")
     return converted
+
+
+def _advice(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What to do about a checkpoint that does not fit."""
+    if any(_TRANSFORMERS.search(key) for key in state):
+        return "it is laid out as the transformers library does, which is not read; take the weights that the authors released"
+    embed = [value for key, value in state.items() if key.endswith("patch_embed.proj.weight")]
+    if embed and embed[0].ndim == 5 and not is_video(own):
+        return "it is a network of clips; say ?frames=16, the number of frames it was trained with, after its name"
+    if embed and embed[0].ndim == 4 and is_video(own):
+        return "it is a network of still images; leave frames out"
+    return "give the architecture and options that the checkpoint was made with"
 
 
 def is_video(own: Mapping[str, Tensor]) -> bool:

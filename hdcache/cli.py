@@ -85,7 +85,8 @@ def extract(as_json: bool, quiet: bool, verbose: int, data: str | None, **settin
 @teacher_mask
 @click.option(
     "--views",
-    help="Without a store: mae, supervised, gentle, center, resize; of videos videomae, videomae-ssv2, clip-center.",
+    help="Without a store: mae, supervised, gentle, center, resize; of videos videomae, videomae-ssv2, clip-center.  "
+    "[default: supervised for sdssl, else mae, videomae]",
 )
 @click.option("--num-views", type=int, help="Views to go through, one per epoch.  [default: all that are stored]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
@@ -164,7 +165,7 @@ def chain(
     help="final, blockN.out, or all: one table for every layer. Repeat for several.  [default: the last layer that training reached]",
 )
 @click.option(
-    "--pool", type=click.Choice(["cls", "mean", "cls+mean"]), help="Token pooling.  [default: cls where there is one]"
+    "--pool", type=click.Choice(["cls", "mean", "cls+mean"]), help="Token pooling.  [default: cls where it was trained]"
 )
 @click.option(
     "--k", "ks", multiple=True, type=int, default=(10, 20, 100, 200), show_default=True,

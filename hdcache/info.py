@@ -86,8 +86,8 @@ def format_store(facts: dict[str, Any]) -> str:
         "multi-scale-crop": "crops of 2/3 to all of the shorter side",
         "resize": "whole images",
     }[views["kind"]]
-    if views["frames"] is not None:
-        geometry = f"clips of {views['frames']} frames at stride {views['stride']}, {geometry}"
+    if views.get("frames") is not None:
+        geometry = f"clips of {views['frames']} frames at stride {views.get('stride', 1)}, {geometry}"
     lines = [
         f"{facts['path']}  (store format {facts['format']})",
         f"data      {data['count']:,} {'videos' if data['kind'] == 'video' else 'images'}, {data['classes']} classes, from {data['spec']}",

@@ -73,6 +73,13 @@ class Ledger:
             (self.folder / MANIFEST).unlink(missing_ok=True)
             sync_folder(self.folder)
 
+    def withdraw(self, shard: int) -> None:
+        """Forget that a shard is complete, before its objects are overwritten: a kill must not leave a false receipt."""
+        path = self.folder / RECEIPTS / f"{shard}.json"
+        if path.is_file():
+            path.unlink()
+            sync_folder(path.parent)
+
     def seal(
         self,
         receipts: Iterable[Receipt],

@@ -65,9 +65,10 @@ class Loader:
         self.dataset, self.options, self.spec, self.store = dataset, options, views, store
         self.stored, self.live = list(stored), list(live)
         check_views(views, dataset.card)
-        check_input(views, options.preprocessing, "the student")
+        where = None if store is None else store.path
+        check_input(views, options.preprocessing, "the student", where)
         for target in self.live:
-            check_input(views, target.teacher.card.preprocessing, f"teacher {target.name}")
+            check_input(views, target.teacher.card.preprocessing, f"teacher {target.name}", where)
         inputs = [target.teacher.card.preprocessing for target in self.live]
         self.rendering = Rendering(dataset, views, options.preprocessing, inputs, options.fresh)
         self.ids = store.ids if store is not None else tuple(dataset.ids)
@@ -258,7 +259,9 @@ class Loader:
         reasons = {self.ids[samples[rows[i]]]: found for i, found in enumerate(opened) if isinstance(found, str)}
         self.dropped |= reasons
         if reasons and not kept:
-            raise InputNotFound(f"no image of a whole batch could be read; the first: {next(iter(reasons.values()))}")
+            raise InputNotFound(
+                f"none of the {self.dataset.card.noun} of a whole batch could be read; the first: {next(iter(reasons.values()))}"
+            )
         chosen = samples[rows[kept]]
         ids = [self.ids[sample] for sample in chosen]
         images = [found for found in opened if not isinstance(found, str)]

@@ -135,3 +135,13 @@ def unpack_visible(packed: NDArray[np.uint8], tokens: int, count: int) -> NDArra
         row = int(np.flatnonzero(found != count)[0])
         raise ValueError(f"a mask of {int(found[row])} visible tokens where {count} are expected (row {row})")
     return np.nonzero(bits)[1].reshape(len(packed), count).astype(np.int64)
+
+
+def check_tubes(visible: NDArray[np.int64], cells: int, slots: int) -> None:
+    """:class:`ValueError` unless each row of visible indices [B, M] has the same cells in every temporal slot."""
+    if visible.shape[1] % slots:
+        raise ValueError(f"a tube mask of {visible.shape[1]} visible tokens in {slots} temporal slots")
+    first = visible[:, : visible.shape[1] // slots]
+    wrong = np.flatnonzero((over_slots(first, cells, slots) != visible).any(axis=1))
+    if len(wrong):
+        raise ValueError(f"a tube mask whose visible cells differ between temporal slots (row {int(wrong[0])})")

@@ -15,11 +15,11 @@ from hdcache.arrays import ArrayReader
 from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.integrity import teacher_ledger, view_ledger
-from hdcache.masks import unpack_visible, visible_count
+from hdcache.masks import check_tubes, unpack_visible, visible_count
 from hdcache.records import check_key
 from hdcache.schema import ArrayCard, Manifest, StoredObject, TeacherCard, TeacherRecord
-from hdcache.store import Store, geometry_columns
-from hdcache.taps import Tokens
+from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
+from hdcache.taps import Tokens, parse_tap
 
 MASK_ARRAY = "mask/visible"
 """Where a masked teacher's rows hold the tokens that it saw, beside its taps."""
@@ -39,6 +39,8 @@ class TeacherReader:
     def __init__(self, store: Store, name: str, pipeline: str | None = None) -> None:
         self.store, self.name = store, name
         self.record: TeacherRecord = store.teacher(name)
+        if fault := _tap_fault(self.record):
+            raise StoreCorrupt(f"{store.teacher_path(name)}/zarr.json: {fault}; copy the store again")
         self._pipeline = pipeline
         self._lock = threading.Lock()
         self._manifests: dict[int, Manifest] = {}
@@ -153,13 +155,16 @@ class TeacherReader:
         Raises
         ------
         StoreCorrupt
-            when a row's mask does not have as many visible tokens as its taps.
+            when a row's mask does not have as many visible tokens as its taps, or a tube mask is no tube.
         """
         card = self.record.card
         assert card.mask is not None  # noqa: S101  # programmer invariant
-        count = visible_count(card.mask, card.grid[0] * card.grid[1], card.slots)
+        cells = card.grid[0] * card.grid[1]
         try:
-            return unpack_visible(packed, card.tokens, count)
+            visible = unpack_visible(packed, card.tokens, visible_count(card.mask, cells, card.slots))
+            if card.mask.kind == "tube":
+                check_tubes(visible, cells, card.slots)
+            return visible
         except ValueError as error:
             raise StoreCorrupt(f"{self.store.path}: teacher {self.name!r}: {error}; copy the store again") from None
 
@@ -199,7 +204,50 @@ def read_geometry(store: Store, view: int, pipeline: str | None = None) -> tuple
     samples = geometry[:, columns.index("sample")]
     if not np.array_equal(np.sort(samples), np.arange(count)):
         raise StoreMismatch(f"{store.path}/views/{view}: its rows do not name every sample once")
+    _check_geometry(store, view, 0, geometry)
     return geometry.astype(np.int32), digests.astype(np.uint8)
+
+
+def _tap_fault(record: TeacherRecord) -> str:
+    """What is impossible about the taps of a record, if anything: tokens and channels that its network does not have."""
+    card = record.card
+    tokens = card.tokens
+    try:
+        if card.mask is not None:
+            tokens = visible_count(card.mask, card.grid[0] * card.grid[1], card.slots)
+        for name, tap in record.taps.items():
+            if name != tap.tap:
+                return f"tap {name} has the card of {tap.tap}"
+            parsed = parse_tap(name, card.depth)
+            # The heads of some networks are narrower than their share of the width.
+            expected = (tokens, tap.channels if parsed.what == "qkv" else card.width, card.prefix_tokens)
+            found = (tap.tokens, tap.channels, tap.prefix_tokens)
+            if parsed.is_tokens and found != expected:
+                return (
+                    f"tap {name} has {found[0]} tokens of {found[1]} channels and {found[2]} prefix tokens, "
+                    f"its teacher {expected[0]} of {expected[1]} and {expected[2]}"
+                )
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def _check_geometry(store: Store, view: int, first: int, geometry: NDArray[np.generic]) -> None:
+    """:class:`StoreCorrupt` names the first row, counted from ``first``, that no drawing could have given."""
+    spec = store.card.views
+    rows = geometry.astype(np.int64)
+    _, left, top, width, height, flip, source_width, source_height = rows[:, : len(GEOMETRY_COLUMNS)].T
+    frames = rows[:, len(GEOMETRY_COLUMNS) :]
+    good = (left >= 0) & (top >= 0) & (width >= 1) & (height >= 1) & (source_height >= 1) & (source_width >= 1)
+    good &= (left + width <= source_width) & (top + height <= source_height) & ((flip == 0) | (flip == 1))
+    good &= (frames >= 0).all(axis=1) & (np.diff(frames, axis=1) == spec.stride).all(axis=1)
+    wrong = np.flatnonzero(~good & (source_width != 0))
+    if len(wrong):
+        columns = zip(geometry_columns(spec), rows[wrong[0]].tolist(), strict=True)
+        raise StoreCorrupt(
+            f"{store.path}/views/{view}/geometry: row {first + int(wrong[0])} is no view of a sample "
+            f"({', '.join(f'{name} {value}' for name, value in list(columns)[:12])}); copy the store again"
+        )
 
 
 def read_shard_geometry(store: Store, view: int, shard: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]] | None:
@@ -216,4 +264,5 @@ def read_shard_geometry(store: Store, view: int, shard: int) -> tuple[NDArray[np
     digests = ArrayReader(store.path, f"{ledger.key}/source_digest", (count, 32), "uint8", listed, size).rows(
         start, stop
     )
+    _check_geometry(store, view, start, geometry)
     return geometry.astype(np.int32), digests.astype(np.uint8)

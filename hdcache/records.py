@@ -10,9 +10,16 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from hdcache.errors import StoreCorrupt, UsageError
 
@@ -42,6 +49,23 @@ class Record(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise StoreCorrupt(f"{where}: {first_fault(error)}") from None
+
+
+class GrownRecord(Record):
+    """A record that gained fields after the first stores of its format were made.
+
+    The default of such a field means what those stores did, and the field is spelled only where it differs from that.
+    Old records are therefore read as they are, and their digests and identities stay what they were.
+    """
+
+    ADDED: ClassVar[frozenset[str]] = frozenset()
+    """Names of those fields."""
+
+    @model_serializer(mode="wrap")
+    def _spelled(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        silent = {name for name in self.ADDED if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in spell(self).items() if name not in silent}
 
 
 def canonical_json(value: Any) -> bytes:

@@ -71,7 +71,7 @@ def open_views(
     UnreadableImage
         when the source cannot be read or decoded, or is a video shorter than the clip.
     StoreMismatch
-        when ``recorded`` belongs to another source than the one found now.
+        when ``recorded`` belongs to another source than the one found now, or names frames that it does not have.
     """
     try:
         source = dataset.read(sample_id)
@@ -102,6 +102,11 @@ def _open_clips(
     if recorded is not None:
         _check_source(found, sample_id, recorded)  # other bytes may have fewer frames
     video = Video(source)
+    if recorded is not None and max(_recorded_frames(recorded)) >= video.count:
+        raise StoreMismatch(
+            f"{sample_id}: frame {max(_recorded_frames(recorded))} is recorded, but the video has {video.count} frames; "
+            "run 'hdcache verify', or extract to a new store"
+        )
     first = draw_frames(spec, sample_id, view, video.count) if recorded is None else _recorded_frames(recorded)
     clips = [first, *(draw_frames(spec, sample_id, number, video.count) for number in fresh)]
     # One pass over the video, however many of its clips are wanted.

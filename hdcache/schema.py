@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from hdcache.records import MAX_VALUES, Facts, Record, canonical_json, check_key
+from hdcache.records import MAX_VALUES, Facts, GrownRecord, Record, canonical_json, check_key
 
 FORMAT = 1
 
@@ -25,9 +25,16 @@ class DatasetCard(Record):
     classes: tuple[str, ...] = ()
     """Class names; ``label`` arrays index into them, -1 where a sample has none."""
 
+    @property
+    def noun(self) -> str:
+        """What messages call its samples."""
+        return "videos" if self.kind == "video" else "images"
 
-class ViewSpec(Record):
+
+class ViewSpec(GrownRecord):
     """How the geometry of a view is drawn from (seed, sample id, view). Sizes belong to each network, not here."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"frames", "stride"})
 
     kind: Literal["random-resized-crop", "multi-scale-crop", "center-crop", "resize"] = "random-resized-crop"
     scale: tuple[float, float] = (0.2, 1.0)
@@ -55,8 +62,10 @@ class ViewSpec(Record):
         return self
 
 
-class Preprocessing(Record):
+class Preprocessing(GrownRecord):
     """From the pixels of a view to the input of one network."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"frames"})
 
     size: int = Field(ge=1, le=8192)
     """Side of the square input, pixels."""
@@ -78,8 +87,12 @@ class MaskSpec(Record):
     seed: int = Field(default=0, ge=0)
 
 
-class TeacherCard(Record):
+class TeacherCard(GrownRecord):
     """A frozen network: all that decides its outputs."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"slots", "qk_norm", "classes", "mask"})
+    UNTOLD: ClassVar[frozenset[str]] = frozenset({"qk_norm", "classes"})
+    """Facts that follow from architecture, arguments and weights, and that a record may lack (:meth:`told_by`)."""
 
     architecture: str
     """timm's name."""
@@ -112,6 +125,11 @@ class TeacherCard(Record):
     def tokens(self) -> int:
         """Patch tokens of a whole input, seen or not."""
         return self.slots * self.grid[0] * self.grid[1]
+
+    def told_by(self, live: TeacherCard) -> TeacherCard:
+        """This card of a record, with what the record may lack filled in from the network that was loaded for it."""
+        lacking = [name for name in self.UNTOLD if getattr(self, name) == type(self).model_fields[name].default]
+        return self.model_copy(update={name: getattr(live, name) for name in lacking})
 
 
 class ArrayCard(Record):
@@ -200,8 +218,10 @@ class About(Record):
     """Versions of what wrote it (hdcache, zarr, pillow ...)."""
 
 
-class TapRequest(Record):
+class TapRequest(GrownRecord):
     """A tap as asked for: the part of a tap's identity that exists before calibration."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"top_k"})
 
     tap: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]

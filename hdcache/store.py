@@ -21,7 +21,7 @@ import itertools
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hdcache.arrays import ArrayReader, group_metadata, read_attributes, read_json, write_constant
-from hdcache.durable import durable_write
+from hdcache.durable import durable_write, sync_folder
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
 from hdcache.records import NAME, check_name
 from hdcache.schema import FORMAT, About, Receipt, StoreCard, StoredObject, TeacherRecord, ViewSpec
 
-ABOUT = "about.json"
+ABOUT, ROOT_LOCK = "about.json", ".lock"
 GEOMETRY_COLUMNS = ("sample", "left", "top", "width", "height", "flip", "source_width", "source_height")
 """Columns of a view's geometry, of still images and of clips alike; :func:`geometry_columns` names all."""
 
@@ -128,8 +128,7 @@ class Store:
             durable_write(root / group / "zarr.json", group_metadata({}))
         about = About(data=card.dataset.spec, written_with=dict(written_with or {}))
         durable_write(root / ABOUT, about.canonical())
-        lasting = card.model_copy(update={"dataset": card.dataset.model_copy(update={"spec": ""})})
-        durable_write(root / "zarr.json", group_metadata(lasting.model_dump(mode="json")))
+        durable_write(root / "zarr.json", group_metadata(_lasting(card).model_dump(mode="json")))
         return cls(root, card, about)
 
     def _sample_array(self, name: str, count: int | None, dtype: str) -> NDArray[np.generic]:
@@ -190,9 +189,54 @@ class Store:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Exclusive right to write ``name`` (a teacher); the system frees it when the process dies, however it dies."""
+        """Exclusive right to write ``name`` (a teacher); the system frees it when the process dies, however it dies.
+
+        Raises
+        ------
+        StoreLocked
+            when another process has it.
+        StoreMismatch
+            when another process has withdrawn this store (:meth:`withdraw`) and made it anew with other settings.
+        """
         with write_lock(self.path / f".{check_name(name, 'teacher')}.lock"):
+            # Who withdraws holds this lock, and leaves a store alone whose teachers' locks are taken.
+            with filelock.FileLock(self.path / ROOT_LOCK):
+                same = (self.path / "zarr.json").is_file() and _lasting(Store.open(self.path).card) == _lasting(
+                    self.card
+                )
+            if not same:
+                raise StoreMismatch(
+                    f"{self.path}: another process made it anew with other settings; run the same command again"
+                )
             yield
+
+    @property
+    def begun(self) -> bool:
+        """Whether it holds a teacher or rows of a view: its settings are fixed then."""
+        return bool(self.teachers()) or any(is_view(path.name) for path in (self.path / "views").glob("*"))
+
+    def withdraw(self) -> bool:
+        """Remove the root record of a store that nothing was written to, so that it can be created with other settings.
+
+        The caller holds the lock :data:`ROOT_LOCK`. False, and nothing is done, where it has begun or a teacher is
+        about to be written.
+        """
+        with ExitStack() as held:
+            for path in self.path.glob(".*.lock"):
+                try:
+                    held.enter_context(filelock.FileLock(path, timeout=0))
+                except filelock.Timeout:
+                    return False
+            if self.begun:
+                return False
+            (self.path / "zarr.json").unlink()
+            sync_folder(self.path)
+            return True
+
+
+def _lasting(card: StoreCard) -> StoreCard:
+    """A card without where the data lies, which may change."""
+    return card.model_copy(update={"dataset": card.dataset.model_copy(update={"spec": ""})})
 
 
 def is_view(name: str) -> bool:

@@ -73,7 +73,7 @@ class Teacher:
             return self._forward(pixels, taps, None if visible is None else torch.from_numpy(visible))
         except torch.OutOfMemoryError:
             raise UsageError(
-                f"teacher {self.name}: {self.device} has too little memory for {self.batch} images at a time; "
+                f"teacher {self.name}: {self.device} has too little memory for {self.batch} {'clips' if self.card.preprocessing.frames else 'images'} at a time; "
                 f"give --batch a number lower than {self.batch}"
             ) from None
 
@@ -247,7 +247,7 @@ def reload_teacher(record: TeacherRecord, spec: str | None = None, device: str |
         taps=list(record.taps),
         mask=card.mask,
     )
-    lines = differences(teacher.card.model_dump(mode="json"), card.model_dump(mode="json"))
+    lines = differences(teacher.card.model_dump(mode="json"), card.told_by(teacher.card).model_dump(mode="json"))
     if lines:
         raise StoreMismatch(
             f"teacher {record.name}: {spec or record.source} is not the network that the store was made with "

@@ -4,7 +4,12 @@
   packets, without decoding, where each packet shows one frame at a known time. Otherwise (AVI keeps no presentation
   times, VP8 has packets that show nothing) the video is decoded once to count them.
 - A frame is found by its presentation time, never by a position in the file: decoding starts at a key frame before it,
-  so that frames which depend on later ones (B-frames) come out as they do when everything is decoded.
+  so that frames which depend on later ones (B-frames) come out as they do when everything is decoded. Each frame has a
+  key frame of its own to start at, whichever others are asked for. In H.264 and HEVC a packet that is marked as a key
+  frame counts as one only where nothing from before it is needed; with periodic intra refresh that is the first alone.
+- A file that was cut out of a longer one may begin with frames that depend on what is gone. They count as frames,
+  and a clip that holds one of them cannot be read.
+- Frames of more pixels than Pillow allows an image are refused before they are decoded.
 - Rotation that the container asks for is applied, in quarter turns; the shape of pixels (aspect ratio) is ignored.
 - Nothing is guessed: damaged packets or frames raise :class:`UnreadableImage`. Damage that keeps the stream decodable
   cannot be noticed, and a Matroska file that was cut short is a shorter video.
@@ -16,7 +21,9 @@ where a video is opened.
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +44,8 @@ QUARTER_TURNS = {
     -90: Image.Transpose.ROTATE_270,
 }
 """Counter-clockwise degrees, as in FFmpeg's display matrix."""
+H264_IDR, H264_SEI, RECOVERY_POINT = 5, 6, 6
+HEVC_RANDOM_ACCESS = range(16, 24)
 
 
 def require_pyav() -> Any:
@@ -76,6 +85,7 @@ class Video:
                 self._context = stream.codec_context
                 # Frames of one clip are decoded in one thread: many clips are decoded at once.
                 self._context.thread_type, self._context.thread_count = "NONE", 1
+                _check_size(self._context.width, self._context.height)
                 self._packets: list[Packet[Any]] = [packet for packet in container.demux(stream) if packet.size]
                 hidden = container.format.name == "avi" or self._context.name == "vp8"
         except (av.FFmpegError, ValueError) as error:
@@ -96,11 +106,14 @@ class Video:
         indices = sorted(set(wanted))
         if indices and not 0 <= indices[0] <= indices[-1] < self.count:
             raise ValueError(f"frames {indices[0]} to {indices[-1]} of a video of {self.count}")
+        groups: dict[int, set[int]] = {}
+        for index in indices:
+            groups.setdefault(self._start(index), set()).add(index)
         found: dict[int, Image.Image] = {}
-        for start in sorted({self._start(indices), 0}, reverse=True):
-            found = self._picked(start, set(indices))
-            if len(found) == len(indices):
-                break
+        for start, group in groups.items():
+            found |= self._picked(start, group)
+            if left := group - found.keys():
+                found |= self._picked(0, left)
         if missing := [index for index in indices if index not in found]:
             raise UnreadableImage(f"frame {missing[0]} of {self.count} cannot be decoded; the video is damaged")
         sizes = {image.size for image in found.values()}
@@ -108,18 +121,27 @@ class Video:
             raise UnreadableImage(f"the frames have {len(sizes)} different sizes, such as {sorted(sizes)[:2]}")
         return found
 
-    def _start(self, indices: Sequence[int]) -> int:
-        """The packet to decode from: the last key frame that comes before all of the wanted frames in either order."""
-        if self._times is None or not indices:
-            return 0
-        times = {self._times[index] for index in indices}
-        first = next(place for place, packet in enumerate(self._packets) if packet.pts in times)
-        keys = (
+    @cached_property
+    def _places(self) -> dict[int | None, int]:
+        return {packet.pts: place for place, packet in enumerate(self._packets)}
+
+    @cached_property
+    def _keys(self) -> list[int]:
+        """Packets that decoding can start from, ascending."""
+        context = self._context
+        return [
             place
-            for place in range(first, 0, -1)
-            if self._packets[place].is_keyframe and (self._packets[place].pts or 0) <= min(times)
-        )
-        return next(keys, 0)
+            for place, packet in enumerate(self._packets)
+            if packet.is_keyframe and starts_afresh(bytes(packet), context.name, context.extradata or b"")
+        ]
+
+    def _start(self, index: int) -> int:
+        """The packet to decode a frame from: the last key frame that comes before it in either order."""
+        if self._times is None:
+            return 0
+        time = self._times[index]
+        before = self._keys[: bisect_right(self._keys, self._places[time])]
+        return next((place for place in reversed(before) if (self._packets[place].pts or 0) <= time), 0)
 
     def _picked(self, start: int, indices: set[int]) -> dict[int, Image.Image]:
         found: dict[int, Image.Image] = {}
@@ -145,7 +167,61 @@ class Video:
             raise UnreadableImage(f"the video cannot be decoded ({_short(error)})") from None
 
 
+def starts_afresh(packet: bytes, codec: str, extradata: bytes) -> bool:
+    """Whether decoding may start at a packet that is marked as a key frame, for all frames shown after it.
+
+    H.264: an IDR picture, or a recovery point at which the pictures are exact at once (ITU-T H.264, annex D.2.8). HEVC:
+    any random access picture. Other codecs are taken at their word.
+    """
+    if codec not in ("h264", "hevc"):
+        return True
+    for unit in _units(packet, codec, extradata):
+        if codec == "hevc" and unit[0] >> 1 & 63 in HEVC_RANDOM_ACCESS:
+            return True
+        if codec == "h264" and (unit[0] & 31 == H264_IDR or (unit[0] & 31 == H264_SEI and _recovers_at_once(unit[1:]))):
+            return True
+    return False
+
+
+def _units(packet: bytes, codec: str, extradata: bytes) -> Iterator[bytes]:
+    """The NAL units of a packet, with their headers."""
+    at = 4 if codec == "h264" else 21  # where avcC and hvcC keep the length of lengths
+    if extradata[:1] != b"\x01" or len(extradata) <= at:
+        yield from filter(None, packet.split(b"\x00\x00\x01")[1:])
+        return
+    size, place = (extradata[at] & 3) + 1, 0
+    while place + size < len(packet):
+        length = int.from_bytes(packet[place : place + size])
+        if unit := packet[place + size : place + size + length]:
+            yield unit
+        place += size + length
+
+
+def _recovers_at_once(messages: bytes) -> bool:
+    """Whether a supplemental unit holds a recovery point of 0 frames with an exact match."""
+    place = 0
+    while place + 2 < len(messages):
+        values = []
+        for _ in range(2):  # type and size of a message: any number of 255, and a rest
+            value = 0
+            while place < len(messages) and messages[place] == 255:
+                value, place = value + 255, place + 1
+            values.append(value + (messages[place] if place < len(messages) else 0))
+            place += 1
+        if values[0] == RECOVERY_POINT:
+            return place < len(messages) and messages[place] & 0xC0 == 0xC0
+        place += values[1]
+    return False
+
+
+def _check_size(width: int, height: int) -> None:
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise UnreadableImage(f"frames of {width}x{height} pixels, more than the {most:,} that are allowed")
+
+
 def _upright(frame: VideoFrame) -> Image.Image:
+    _check_size(frame.width, frame.height)
     pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
     image = Image.fromarray(np.ascontiguousarray(pixels))
     method = QUARTER_TURNS.get(round(frame.rotation / 90) * 90)

@@ -99,6 +99,11 @@ def video_arguments(architecture: str, arguments: Mapping[str, Any]) -> dict[str
     return {"global_pool": "avg", "fc_norm": False} | options | fixed
 
 
+def without_unset(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` without ``frames`` and ``tubelet`` where these are None: a network of still images."""
+    return {key: value for key, value in arguments.items() if value is not None or key not in ("frames", "tubelet")}
+
+
 def fix_video_positions(model: nn.Module) -> None:
     """Give a network of clips VideoMAE's positions, which are not trained."""
     network: Any = model

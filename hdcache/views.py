@@ -9,6 +9,7 @@ depends on torch.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,8 +174,16 @@ def check_views(spec: ViewSpec, dataset: DatasetCard) -> None:
         )
 
 
-def check_input(spec: ViewSpec, wanted: Preprocessing, network: str) -> None:
-    """:class:`UsageError` unless ``network`` (as messages call it) takes what the views give: clips or single images."""
+def vary(spec: ViewSpec) -> bool:
+    """Whether two views of one sample can differ; those of one kind without random crops, frames or flips cannot."""
+    return spec.kind not in ("center-crop", "resize") or 0 < spec.flip < 1
+
+
+def check_input(spec: ViewSpec, wanted: Preprocessing, network: str, store: Path | None = None) -> None:
+    """:class:`UsageError` unless ``network`` (as messages call it) takes what the views give: clips or single images.
+
+    ``store`` is where the views were recorded, which fixes them.
+    """
     if wanted.frames == spec.frames:
         return
     takes = "still images" if wanted.frames is None else f"clips of {wanted.frames} frames"
@@ -184,7 +193,9 @@ def check_input(spec: ViewSpec, wanted: Preprocessing, network: str) -> None:
     elif spec.frames is None:
         advice = f"name a folder of videos (video:PATH) and --views 'videomae?frames={wanted.frames}'"
     else:
-        advice = f"use --views 'videomae?frames={wanted.frames}' (views of a store are fixed: extract to a new one)"
+        advice = f"use --views 'videomae?frames={wanted.frames}', or a network of {spec.frames} frames"
+    if store is not None and wanted.frames is not None:
+        advice += f" (the views of {store} are fixed: extract to another --store)"
     raise UsageError(f"{network} takes {takes}, but the views are {given}; {advice}")
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
 
-from hdcache.backbones import create_vit
+from hdcache.backbones import create_vit, load_backbone
+from hdcache.cli import cli
 from hdcache.distill.amd import AMD, at, middle_and_last
 from hdcache.distill.amd_heads import split_visible
 from hdcache.distill.decoder import patch_pixels
@@ -115,18 +119,46 @@ def test_the_teacher_with_the_right_mask_is_found() -> None:
     [
         ({"teacher": "mea"}, {"mae": card()}, "no teacher 'mea'; did you mean 'mae'"),
         (
+            {"teacher": "x"},
+            {"mae": card(2, slots=1)},
+            r"no teacher 'x'; .*--teacher x=MODEL --teacher-mask tube:0\.5 ",
+        ),
+        (
+            {"teacher": "b"},
+            {"mae": card(), "sup": card()},
+            r"^objective.teacher: no teacher 'b'; choose from: mae, sup; or add it: hdcache extract --store STORE --teacher b=MODEL "
+            r"--teacher-mask random:0\.5 --tap blockM.out --tap blockN.out \(M: its middle block, N: its last\)$",
+        ),
+        ({"teacher": "b", "teacher_blocks": (2,)}, {"mae": card()}, r"--teacher-mask random:0\.5 --tap block2\.out$"),
+        (
             {},
             {"mae": card(mask=None)},
-            r"no teacher was run with objective\.teacher_mask_ratio 0\.5 under random masks \(mae with no mask\); add it under "
-            r"another name: 'hdcache extract --store STORE --teacher mae-random=MODEL --teacher-mask random:0\.5 "
-            r"--tap block2\.out --tap block4\.out' and set objective\.teacher=mae-random",
+            r"no teacher was run with objective\.teacher_mask_ratio 0\.5 under random masks \(mae with no mask\); with --online "
+            r"and no store give --teacher-mask random:0\.5, else set objective\.teacher=mae-random and add it: hdcache extract "
+            r"--store STORE --teacher mae-random=MODEL --teacher-mask random:0\.5 --tap block2\.out --tap block4\.out$",
+        ),
+        (
+            {},
+            {name: card(mask=MaskSpec(kind="random", ratio=0.25), weights="1") for name in ("mae", "mae-random")}
+            | {"clip": card(mask=None)},
+            r"objective\.teacher=mae-random2 and add it: .* --teacher mae-random2=MODEL --teacher-mask random:0\.5 ",
+        ),
+        (
+            {},
+            {"a": card(mask=None), "b": card(mask=None, weights="1")},
+            r"set objective\.teacher=NAME and add it: .* --teacher NAME=MODEL --teacher-mask random:0\.5 --tap blockM\.out",
+        ),
+        (
+            {},
+            {"one-slot": card(2, slots=1, mask=None)},
+            r"under tube masks \(one-slot with no mask\); .*--teacher-mask tube:0\.5",
         ),
         (
             {"teacher": "l"},
             {"l": card(frames=4, depth=24, mask=MaskSpec(kind="tube", ratio=0.75)), "m": card(frames=4)},
-            r"under tube masks \(l with tube:0\.75\); .*--teacher-mask tube:0\.5 --tap block12\.out --tap block24\.out'",
+            r"under tube masks \(l with tube:0\.75\); .*--teacher-mask tube:0\.5 --tap block12\.out --tap block24\.out$",
         ),
-        ({}, {}, r"\(there is none\); add it"),
+        ({}, {}, r"\(there is none\); .* add it"),
         ({}, {"a": card(), "b": card()}, r"2 teachers were run with .* 0\.5 \(a, b\); set objective\.teacher=NAME"),
         (
             {"teacher_blocks": (2, 9)},
@@ -139,6 +171,38 @@ def test_teachers_that_will_not_do(settings: dict[str, Any], cards: dict[str, Te
     with pytest.raises(UsageError, match=message) as caught:
         AMD(**RATIOS | settings).wants(cards)
     assert "\n" not in str(caught.value)
+
+
+def test_one_slot_of_a_network_of_clips_is_masked_as_clips_are() -> None:
+    """As ``hdcache extract`` reads a bare ratio: by what the network reads, not by how many slots it makes of it."""
+    cards = {"t": card(2, slots=1)}
+    assert list(AMD(**RATIOS).wants(cards)) == ["t"]
+    student = vit(frames=2)
+    heads = AMD(**SMALL).build(student, cards, 0, torch.Generator().manual_seed(0))
+    assert heads.counts == (8, 4, 1)
+
+
+@pytest.mark.parametrize("arguments", [IMAGE, {"reg_tokens": 2}])
+@pytest.mark.parametrize("use", [("pixels", "direct", "generation"), ("direct",)])
+def test_class_tokens_are_never_trained_where_features_are_read(arguments: dict[str, Any], use: Any) -> None:
+    setup = Setup(AMD(**SMALL | {"use": use}), **arguments)
+    assert setup.objective.pool_trained() == "mean"
+    model: Any = setup.student
+    seen: list[Tensor] = []
+    where = model.norm if "pixels" in use else model.blocks[2]
+
+    def note(_: object, __: object, out: Tensor) -> None:
+        out.retain_grad()
+        seen.append(out)
+
+    where.register_forward_hook(note)
+    _, losses = setup.run()
+    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    (tokens,) = seen
+    assert tokens.grad is not None
+    prefix = model.num_prefix_tokens
+    assert tokens.grad[:, :prefix].abs().max() == 0
+    assert tokens.grad[:, prefix:].abs().amax(-1).min() > 0
 
 
 # The forward
@@ -361,10 +425,11 @@ def test_both_ratios_are_required() -> None:
         ({}, IMAGE, {"grid": (8, 4)}, r"img_size=\[32, 16\]"),
         ({}, VIDEO, {"slots": 4, "frames": 8}, r"2 slots of 4x4.*4 slots of 4x4.*img_size=16, student\.arguments\.frames=8"),
         ({"mask": "tube"}, IMAGE, {"slots": 4, "frames": 8}, r"img_size=16, student\.arguments\.frames=8"),
-        ({"mask": "tube"}, VIDEO, {"frames": None}, r"student\.arguments\.frames=null \(the teacher reads still images\)"),
+        ({"mask": "tube"}, VIDEO, {"frames": None}, r"student\.arguments\.frames=null, student\.arguments\.tubelet=null$"),
         ({"student_blocks": (2, 9)}, IMAGE, {}, "student_blocks has 9, but the student has 3 blocks; choose from 1 to 3"),
         ({"student_blocks": (2,)}, IMAGE, {}, r"at block2\.out, block4\.out, the student at block2\.out: .* the same length"),
         ({"generator_heads": 3}, IMAGE, {}, "generator_heads 3 does not divide .* width 32, that of teacher 'mae'; choose"),
+        ({}, IMAGE, {"width": 34, "heads": 1}, "generators are as wide as teacher 'mae', whose 34 channels .* set objective.use to"),
         ({"decoder_heads": 3}, IMAGE, {}, "decoder_heads 3 does not divide .* 16; choose a divisor"),
         ({"decoder_width": 18}, IMAGE, {}, r"decoder's width 18 is not a multiple of 4, .* set objective\.decoder_width"),
         ({"decoder_width": None}, {"embed_dim": 36}, {}, r"width 18 \(half the student width\) is not a multiple of 4"),
@@ -394,10 +459,28 @@ def test_ratios_that_hide_or_leave_nothing_are_refused(teacher: float, student: 
 # From a store: tests/test_methods.py trains from one and from the live teacher
 
 
-def test_a_store_without_the_mask_is_refused_before_the_first_step(tmp_path: Path, tiny_store: Path) -> None:
+def test_what_a_store_without_the_mask_is_told_to_do_works(tmp_path: Path, tiny_store: Path) -> None:
+    """Refused before the first step; the printed command and setting, taken as they are, then train a student."""
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
     student = StudentSpec(architecture="vit_tiny_patch16_224", arguments=arguments)
     recipe = Recipe(name="amd-test", objective=AMD(**SMALL), student=student, epochs=1, batch_size=8, lr=1e-3)
-    with pytest.raises(UsageError, match=r"t with no mask\); add it .*--teacher-mask random:0\.5 --tap block1\.out"):
-        distill(recipe, out=tmp_path / "run", store=tiny_store, device="cpu")
+    store = shutil.copytree(tiny_store, tmp_path / "store")
+    with pytest.raises(UsageError, match=r"t with no mask\); set objective\.teacher=t-random and add it: ") as caught:
+        distill(recipe, out=tmp_path / "run", store=store, device="cpu")
     assert not (tmp_path / "run").exists()
+    advised, _, command = str(caught.value).rpartition(" and add it: ")
+    program, *words = shlex.split(command)
+    assert program == "hdcache"
+    assert CliRunner().invoke(cli, [*words, "--device", "cpu"]).exit_code == 0
+    field, _, name = advised.rpartition("; set ")[2].partition("=")
+    pools: list[str] = []
+
+    def monitor(_: object, __: object, ___: str, pool: str, *more: object) -> dict[str, float]:
+        pools.append(pool)
+        return {}
+
+    settings: dict[str, Any] = {"store": store, "device": "cpu", "overrides": {field: name}, "monitor": monitor}
+    result = distill(recipe, out=tmp_path / "run", **settings)
+    assert result["targets"] == {"t-random": ["block1.out", "block3.out"]}
+    # The class token is not trained where frozen features are read.
+    assert set(pools) == {result["pool_trained"], load_backbone(str(tmp_path / "run")).pool_trained} == {"mean"}

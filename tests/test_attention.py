@@ -220,6 +220,14 @@ def test_a_network_of_clips_is_refused(backbone: Backbone, dataset: Dataset) -> 
         attention_profile(clips, dataset)
 
 
+def test_videos_are_refused(backbone: Backbone, dataset: Dataset) -> None:
+    card = dataset.card.model_copy(update={"kind": "video", "spec": "video:d"})
+    with pytest.raises(
+        UsageError, match=r"^video:d holds videos; attention is measured on still images: name a data set"
+    ):
+        attention_profile(backbone, dataclasses.replace(dataset, card=card))
+
+
 def test_an_unreadable_image_is_not_replaced(
     backbone: Backbone, tmp_path: Path, make_folder: Callable[..., Path]
 ) -> None:

@@ -274,6 +274,7 @@ def test_a_student_comes_back_through_us_and_through_timm(tmp_path: Path, argume
     save_student(tmp_path / "run", model, ARCHITECTURE, made, shown, "block1.out", {"recipe": "r"})
     found = load_backbone(str(tmp_path / "run"))
     assert (found.preprocessing, found.last_trained, found.architecture) == (shown, "block1.out", ARCHITECTURE)
+    assert found.pool_trained == "cls", "of a folder that does not say"
     torch.testing.assert_close(features(found.model), features(model), rtol=1e-6, atol=1e-6)
     twin = timm.create_model(
         ARCHITECTURE, num_classes=0, checkpoint_path=str(tmp_path / "run/student.safetensors"), **(SMALL | arguments)
@@ -368,3 +369,20 @@ def test_normalize_keeps_its_constants() -> None:
     assert image.grad is not None
     after = backbones._per_channel.cache_info()
     assert (after.misses, after.hits) == (before.misses, before.hits + 2)
+
+
+def test_a_student_says_how_it_is_pooled(tmp_path: Path) -> None:
+    model = create_vit(ARCHITECTURE, SMALL)
+    save_student(tmp_path, model, ARCHITECTURE, SMALL, Preprocessing(size=16), "final", {"pool_trained": "mean"})
+    assert load_backbone(str(tmp_path)).pool_trained == "mean"
+
+
+def test_frames_and_tubelet_that_are_null_make_a_network_of_still_images(tmp_path: Path) -> None:
+    """As --set student.arguments.frames=null student.arguments.tubelet=null leaves them in a recipe."""
+    unset = SMALL | {"frames": None, "tubelet": None}
+    model = create_vit(ARCHITECTURE, unset)
+    assert not hasattr(model.patch_embed, "frames")
+    save_student(tmp_path, model, ARCHITECTURE, unset, Preprocessing(size=16), "final", {})
+    arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert {"frames", "tubelet"}.isdisjoint(arguments), "timm would not know them"
+    assert load_backbone(str(tmp_path)).preprocessing.frames is None

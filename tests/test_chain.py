@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], type[HdcacheError], str]] = {
     "heads": (
         {"stage_overrides": {3: {"objective.heads": 5}}},
         UsageError,
-        r"stage 3 \(tinymim-tiny\): .*5 does not divide 48",
+        r"stage 3 \(tinymim-tiny\): 5 heads do not divide the width 48 of teacher '2-tinymim-tiny'; set objective.heads=null for ",
     ),
     "student heads": (
         {"stage_overrides": {3: {"student.arguments": STUDENT | {"embed_dim": 64, "num_heads": 4}}}},
@@ -183,6 +183,18 @@ REFUSED: dict[str, tuple[Mapping[str, Any], type[HdcacheError], str]] = {
         {"stage_overrides": {1: FEATURE | {"objective.student_block": 2}}},
         UsageError,
         r"stage 2 .*reads block3\.attn_in of teacher '1-tinymim-tiny', whose training ended at block2\.out",
+    ),
+    "untrained pooled": (
+        {"recipes": ["tinymim-tiny", "sdssl-cached-final-tiny"], "stage_overrides": {}},
+        UsageError,
+        r"stage 2 .*reads pooled of teacher '1-tinymim-tiny', whose training ended at block2\.out; let the stage before train "
+        r"its whole student, with objective\.strategy=feature for instance$",
+    ),
+    "views without chance": (
+        {"recipes": ["sdssl-cached-final-tiny"], "stage_overrides": {}, "views": "center"},
+        UsageError,
+        r"recipe 'sdssl-cached-final-tiny' draws new views .* these \(center-crop, flip 0\) are always the same; with another "
+        "--store give --views supervised",
     ),
     "no teacher read": ({"recipes": ["tinymim-tiny", "mae-tiny"], "stage_overrides": {}}, UsageError, "stage 2 .*objective 'mae' has no single teacher"),
     "other teacher": (
@@ -246,6 +258,36 @@ def test_runs_and_teachers_of_another_chain_are_refused_first(
     assert len(run(stage_overrides={2: NARROW | {"log_every": 1}})["stages"]) == 3
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_another_number_of_views_is_refused_before_anything_is_stored(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, tree: Tree, done: bool
+) -> None:
+    run(recipes=["tinymim-tiny"], stage_overrides={})
+    if not done:
+        (tmp_path / "a/runs" / NAMES[0] / "run.json").unlink()
+    before = tree(tmp_path / "a")
+    for views in (1, 3):
+        message = (
+            rf"stage 1 .*1-tinymim-tiny holds a run of 2 views, asked was --num-views {views}; give another --out and"
+        )
+        with pytest.raises(StoreMismatch, match=message):
+            run(recipes=["tinymim-tiny"], stage_overrides={}, num_views=views)
+    assert tree(tmp_path / "a") == before
+
+
+def test_a_small_student_straight_from_a_teacher_of_other_heads(tmp_path: Path) -> None:
+    """16 heads in a width of 64 that 12 does not divide: the field is named, and null does what the message says."""
+    spec = "random:vit_large_patch16_224?embed_dim=64&depth=2"
+    large = chain.load_teacher(spec, name="mae", precision="fp32")
+    message = (
+        r"^stage 1 \(tinymim-s\): 12 heads do not divide the width 64 of teacher 'mae'; set objective.heads=null for"
+    )
+    with pytest.raises(UsageError, match=message):
+        chain.plan_stages(tmp_path, large, spec, ["tinymim-s"], {}, {})
+    stages = chain.plan_stages(tmp_path, large, spec, ["tinymim-s"], {}, {1: {"objective.heads": None}})
+    assert stages[0].taps == ("block2.attn_in",)
+
+
 # The table and the command
 
 
@@ -255,6 +297,8 @@ def test_the_table_has_a_line_for_each_stage(finished: tuple[Path, dict[str, Any
     assert len(lines) == 5
     assert all(word in lines[2] for word in ("2 tinymim-tiny", "1-tinymim-tiny", "block3.attn_in", "3 ", "KB"))
     assert lines[-1] == f"score it: hdcache knn-eval {result['stages'][-1]['out']} --train DATA --test DATA"
+    result["stages"][-1]["preferred"] = "runs/3/ema"
+    assert format_chain(result).endswith("score it: hdcache knn-eval runs/3/ema --train DATA --test DATA")
     result["stages"][0] |= {"failed": {"x": "why"}, "loss": None}
     assert "1 images failed in extraction (--json names them)" in format_chain(result)
 

@@ -147,7 +147,11 @@ class Anything:
 
 @pytest.mark.parametrize(
     ("made", "found"),
-    [({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"), ({"args": Anything()}, ".*Anything")],
+    [
+        ({"args": argparse.Namespace(lr=Anything())}, ".*Anything"),
+        ({"args": Anything()}, ".*Anything"),
+        ({"args": argparse.Namespace(out=Path("x"))}, r"pathlib.*Path"),
+    ],
 )
 def test_a_pickle_that_holds_objects_is_refused_and_named(tmp_path: Path, made: Any, found: str) -> None:
     path = write(tmp_path / "w.pth", made | {"model": vit().state_dict()})
@@ -155,6 +159,34 @@ def test_a_pickle_that_holds_objects_is_refused_and_named(tmp_path: Path, made: 
         UsageError, match=rf"w.pth: refused, it holds more than tensors \({found}\).* save its state_dict"
     ):
         load(path)
+
+
+def test_the_command_line_of_a_released_script_is_read_beside_the_weights(tmp_path: Path) -> None:
+    """MAE's and VideoMAE's save their argparse.Namespace; what it stands for here is nobody else's business."""
+    beside = {"args": argparse.Namespace(lr=1e-3, name="x"), "optimizer": {"state": {}}, "epoch": 3}
+    path = write(tmp_path / "w.pth", {"model": vit(3).state_dict()} | beside)
+    assert load(path).weights == weights_digest(vit(3))
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_a_classifier_of_another_name_and_a_whole_prefix_are_dropped(tmp_path: Path) -> None:
+    inner = {f"backbone.{key}": value for key, value in vit(3).state_dict().items()}
+    state = inner | {"cls_head.fc.weight": torch.zeros(5, 24)}
+    for prefix in ("", "model."):
+        saved = {"state_dict": {prefix + key: value for key, value in state.items()}}
+        if prefix:
+            saved["state_dict"] = {key: v for key, v in saved["state_dict"].items() if "cls_head" not in key}
+        assert load(write(tmp_path / "w.pth", saved)).weights == weights_digest(vit(3))
+
+
+@pytest.mark.parametrize("wrap", ["", "vit.", "videomae."])
+def test_the_layout_of_transformers_is_refused_by_name(tmp_path: Path, wrap: str) -> None:
+    state = {
+        f"{wrap}encoder.layer.0.attention.attention.query.weight": torch.zeros(24, 24),
+        "classifier.bias": torch.zeros(2),
+    }
+    with pytest.raises(UsageError, match="as the transformers library does, which is not read; take the weights that"):
+        load(write(tmp_path / "w.pth", state))
 
 
 @pytest.mark.parametrize("state", [[1], {"a": 1}, {"epoch": 3, "weights": {"deep": {"er": torch.zeros(1)}}}])
@@ -351,5 +383,19 @@ def test_positions_of_a_whole_checkpoint_must_be_there(tmp_path: Path) -> None:
 
 def test_images_in_place_of_clips_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", vit(3).state_dict())
-    with pytest.raises(UsageError, match=r"unexpected: cls_token; wrong shape: patch_embed\.proj\.weight"):
+    message = r"unexpected: cls_token; wrong shape: patch_embed\.proj\.weight.*of still images; leave frames out"
+    with pytest.raises(UsageError, match=message):
         load_clips(path)
+
+
+@pytest.mark.parametrize("make", [lambda: pretraining(3), lambda: videomae(3, "")])
+def test_clips_in_place_of_images_name_the_option(tmp_path: Path, make: Any) -> None:
+    with pytest.raises(UsageError, match=r"it is a network of clips; say \?frames=16, the number of frames"):
+        load(write(tmp_path / "w.pth", {"model": make()}))
+
+
+def test_stored_positions_of_another_size_are_refused(tmp_path: Path) -> None:
+    """The position of a token is its index in the flattened grid, so that it cannot be resampled."""
+    state = create_vit(ARCHITECTURE, CLIPS | {"num_classes": 0, "img_size": 24}).state_dict()
+    with pytest.raises(UsageError, match=r"wrong shape: pos_embed \(1, 72, 24\) for \(1, 32, 24\)"):
+        load_clips(write(tmp_path / "w.pth", state))

@@ -175,6 +175,18 @@ def test_error_reads_hidden_patches_only() -> None:
     assert decoder.error(images, prediction, hidden).item() == pytest.approx(4.0, rel=1e-5)
 
 
+# Mask tokens
+
+
+def test_mask_tokens_start_as_the_released_codes_draw_them() -> None:
+    """Normal of deviation 0.02: whole for images (MAE), cut at one deviation for clips (VideoMAE, AMD)."""
+    image, clip = (build(vit(**more), width=512).mask_token.detach().flatten() for more in ({}, CLIPS))
+    assert image.abs().max() > 0.04
+    assert abs(image.std() - 0.02) < 0.002
+    assert 0.018 < clip.abs().max() <= 0.02
+    assert abs(clip.std() - 0.0108) < 0.001, "what the cut leaves of the deviation: 0.54"
+
+
 # Positions
 
 

@@ -1,4 +1,4 @@
-"""The documentation's Python blocks run, and its links lead somewhere.
+"""The documentation's Python blocks run, its commands parse, and its links lead somewhere.
 
 The line before a ```python block says what to do with it:
 ``<!-- run -->`` runs it, ``<!-- run: continues -->`` runs it after the runnable block before it on the page and
@@ -8,11 +8,22 @@ with its names, ``<!-- not run: reason -->`` leaves it. A block that says nothin
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import click
 import pytest
+import timm
+
+from hdcache.cli import cli
+from hdcache.cli_options import pairs, stage_pairs
+from hdcache.distill.recipes import RECIPES, get_recipe
+from hdcache.errors import UsageError
+from hdcache.taps import parse_tap
+from hdcache.views import parse_views
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -118,3 +129,144 @@ def test_relative_links_lead_to_files(page: Path) -> None:
 
 def test_the_readme_is_here() -> None:
     assert ROOT / "README.md" in PAGES
+
+
+def command_lines(page: Path) -> list[str]:
+    """Lines of code, fenced or indented by four, that call hdcache; continued lines as one."""
+    blocks, prose = blocks_and_prose(page)
+    code = [line for block in blocks if block.language not in ("python", "py") for line in block.text.splitlines()]
+    code += [line for line in prose.splitlines() if line.startswith("    ")]
+    joined = re.sub(r"\\\s*\n\s*", "", "\n".join(code))
+    called = (re.fullmatch(r"\s*(?:torchrun .*? -m )?(hdcache .*)", line) for line in joined.splitlines())
+    return [line[1] for line in called if line]
+
+
+def resolved(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that ``words`` name, inner ones of a group too, and the words after it."""
+    command: click.Command = cli
+    context = click.Context(command)
+    while isinstance(command, click.Group) and words:
+        found = command.get_command(context, words[0])
+        assert found is not None, f"no command {words[0]!r}"
+        command, words = found, words[1:]
+    return command, words
+
+
+def parsed(line: str) -> tuple[str, dict[str, Any]]:
+    """The command's name and its parameters, without running it."""
+    command, words = resolved(shlex.split(line, comments=True)[1:])
+    context = command.make_context(command.name, words)
+    return str(command.name), context.params
+
+
+def check_values(name: str, given: dict[str, Any]) -> None:
+    """What the command would read before it touches any file: recipes, fields, taps, models, views."""
+    changes = pairs(given.get("changes") or (), "--set")
+    if name == "distill" or (name == "show" and "name" in given):
+        get_recipe(given.get("recipe") or given["name"], changes)
+    single = stage_pairs(given.get("single") or (), "--set-stage")
+    for number, stage in enumerate(given.get("stages") or (), start=1):
+        get_recipe(stage, changes | single.get(number, {}))
+    for tap in given.get("taps") or ():
+        parse_tap(tap)
+    if given.get("views"):
+        parse_views(given["views"], 0)
+    teachers = given.get("teachers") or given.get("teacher") or ()
+    for teacher in (teachers,) if isinstance(teachers, str) else teachers:
+        check_model(re.sub(r"^[a-z0-9-]+=", "", teacher))
+
+
+def check_model(spec: str) -> None:
+    """A timm architecture, with a tag of weights that exists; folders of runs are not looked for."""
+    name = spec.removeprefix("timm:").removeprefix("random:").split("?")[0]
+    if not name.startswith("runs/"):
+        architecture, _, tag = name.partition(".")
+        assert timm.is_model(architecture), f"timm has no {architecture!r}"
+        assert not tag or name in timm.list_pretrained(f"{architecture}.*"), f"timm has no weights {name!r}"
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page.relative_to(ROOT).as_posix()}:{number}")
+    for page in PAGES
+    for number, line in enumerate(command_lines(page))
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_parses(line: str) -> None:
+    """Its options, recipes, fields, values, taps and models exist."""
+    check_values(*parsed(line))
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("hdcache destill tinymim-b --out r", AssertionError),
+        ("hdcache distill tinymim-b --out r --stroe s", click.NoSuchOption),
+        ("hdcache distill tinymim-b --store s", click.MissingParameter),
+        ("hdcache distill tinymim-x --out r", UsageError),
+        ("hdcache distill tinymim-b --out r --set objective.head=3", UsageError),
+        ("hdcache chain d --store s --out r --teacher m=runs/m --recipe tinymim-s --set-stage 1:objective.heads=x", UsageError),
+        ("hdcache extract d --store s --teacher m=vit_base_patch16_224.nope", AssertionError),
+        ("hdcache extract d --store s --teacher m=runs/m --tap block1.attn", UsageError),
+        ("hdcache recipes show tinymim-x", UsageError),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_noticed(line: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        check_values(*parsed(line))
+
+
+def inline_code(page: Path) -> Iterator[str]:
+    """What stands between single backticks, on one line."""
+    for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", blocks_and_prose(page)[1]):
+        yield " ".join(found.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_inline_commands_and_settings_exist(page: Path) -> None:
+    """Pieces of commands: their options, and fields that some recipe has with a value that it takes."""
+    known = {option for command in every_command(cli) for parameter in command.params for option in parameter.opts}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text(encoding="utf-8")))
+    wrong = []
+    for code in inline_code(page):
+        options: set[str] = set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", code))
+        if code.startswith("hdcache ") and "..." not in code.split()[1]:
+            command, _ = resolved(code.split()[1:])
+            options -= {option for parameter in command.params for option in parameter.opts}
+            wrong += [f"{code}: no {option}" for option in options]
+        elif code.startswith("--"):
+            wrong += [f"{code}: no {option}" for option in options - known]
+        for change in re.findall(r"(?<=--set )(?:'[^']*'|\S+)", code):
+            if change != "FIELD=VALUE" and not some_recipe_takes(change.strip("'")):
+                wrong.append(f"{code}: no recipe takes it")
+    assert not wrong, "\n".join(wrong)
+
+
+def every_command(command: click.Command) -> Iterator[click.Command]:
+    yield command
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        yield from every_command(inner)
+
+
+def some_recipe_takes(change: str) -> bool:
+    """Whether a recipe takes FIELD=VALUE; ``FIELD=...`` stands for a number."""
+    for name in RECIPES:
+        try:
+            get_recipe(name, pairs([change.replace("...", "1")], "--set"))
+        except UsageError:
+            continue
+        return True
+    return False
+
+
+FAMILIES = r"(?:tinymim|hybrid|sdssl|amd-image|amd-video|supervised|logits|mae|videomae)-[a-z0-9-]+"
+NO_RECIPES = {"videomae-ssv2"}  # ways to draw views
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_recipes_that_are_named_exist(page: Path) -> None:
+    codes = [[code] if not code.startswith("hdcache ") else code.split() for code in inline_code(page)]
+    named = {word for words in codes for word in words if re.fullmatch(FAMILIES, word)}
+    assert named - NO_RECIPES <= RECIPES.keys()

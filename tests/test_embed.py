@@ -173,6 +173,14 @@ def test_a_layer_that_is_not_there_is_refused(backbone: Backbone, layer: str) ->
         check_layer(backbone.model, layer)
 
 
+def test_a_class_token_that_was_never_trained_is_not_the_default(backbone: Backbone, dataset: Dataset) -> None:
+    student = dataclasses.replace(backbone, pool_trained="mean")
+    found = embed(student, dataset)
+    assert found.pool == "mean"
+    assert np.array_equal(found.features, embed(backbone, dataset, pool="mean").features)
+    assert embed(student, dataset, pool="cls").pool == "cls", "as asked"
+
+
 def test_an_unknown_pool_is_refused(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match=r"pool 'max': expected one of cls, mean, cls\+mean"):
         check_pool(backbone.model, "max")

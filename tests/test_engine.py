@@ -162,7 +162,8 @@ def test_a_data_set_that_is_gone_is_no_failed_row(
     pipeline.run(writer, [0], ignore)
     folder.rename(tmp_path / "away")
     with pytest.raises(
-        InputNotFound, match=r"no image of shard 1 could be read \(.*No such file.*is the data set still there\?.*again"
+        InputNotFound,
+        match=r"none of the images of shard 1 could be read \(.*No such file.*is the data set still there\?.*again",
     ):
         pipeline.run(writer, [1, 2], ignore)
     assert writer.todo() == [1, 2]
@@ -255,7 +256,7 @@ def test_progress_is_told_of_every_row(pipeline: Pipeline, writer: ViewWriter) -
     receipts = [writer.ledger.receipt(shard) for shard in range(3)]
     assert pipeline.timing.bytes == sum(e.size for r in receipts if r is not None for e in r.objects.values())
     assert pipeline.timing.bottleneck() in (
-        "reading and decoding images",
+        "reading and decoding",
         "teacher forward",
         "encoding",
         "writing",
@@ -266,7 +267,7 @@ def test_progress_is_told_of_every_row(pipeline: Pipeline, writer: ViewWriter) -
 def stages() -> Iterator[tuple[str, str]]:
     return iter(
         [
-            ("waiting_for_images", "reading and decoding images"),
+            ("waiting_for_images", "reading and decoding"),
             ("forward", "teacher forward"),
             ("encode", "encoding"),
             ("waiting_for_disk", "writing"),

@@ -123,7 +123,7 @@ def test_failed_images_are_listed(train: str, queries: str) -> None:
     assert result["test"]["embedded"] == 8
     (failed,) = result["test"]["failed"]
     assert failed.endswith("1.png")
-    assert f"failed   1 images in folder:{queries} unreadable, first red/1.png" in format_table(result)
+    assert f"failed   1 samples of folder:{queries} unreadable, first red/1.png" in format_table(result)
 
 
 def test_images_without_labels_are_refused_before_any_is_embedded(tmp_path: Path, queries: str) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from hdcache.arrays import ShardWriter
 from hdcache.datasets import open_dataset
 from hdcache.errors import (
+    HdcacheError,
     InputNotFound,
     Interrupted,
     OutOfSpace,
@@ -38,6 +39,7 @@ from hdcache.schema import ArrayCard, Receipt, ViewSpec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher, load_teacher
+from hdcache.views import parse_views
 
 Tree = Callable[[Path], dict[str, bytes]]
 Python = Callable[..., "subprocess.Popen[str]"]
@@ -286,6 +288,58 @@ def test_messages_for_settings_that_cannot_be_meant(data: str, tmp_path: Path, t
     assert not (tmp_path / "s").exists(), "a refused call left something behind"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taps": ["block9.out"]}, "the network has 3 blocks"),
+        ({"taps": ["logits"], "top_k": 0}, "top_k 0 must be at least 1"),
+        ({"teacher_mask": "random:0.01"}, "hides 0"),
+        ({"encoding": "klx"}, "unknown encoding 'klx'"),
+        ({"views": "videomae"}, "holds images, but the views are clips"),
+        ({"teachers": ["random:vit_tiny_patch16_224?img_size=16&depth=1", "b=timm:vit_tiny_patch16_224?checkpoint=no"]}, "no such checkpoint"),
+        ({"teachers": ["random:vit_tiny_patch16_224?img_size=16&depth=1&frames=4"]}, "takes clips of 4 frames"),
+    ],
+)  # fmt: skip
+def test_a_refused_command_leaves_no_store(
+    data: str, tmp_path: Path, tiny: str, changes: dict[str, Any], message: str
+) -> None:
+    """Every teacher is loaded and checked before the views of a store are fixed."""
+    settings = {"teachers": [f"a={tiny}"], "precision": "fp32", "device": "cpu"} | changes
+    with pytest.raises(HdcacheError, match=message):
+        extract(data, store=tmp_path / "s", **settings)
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_only_calibration_finds_can_be_corrected(
+    data: str, tmp_path: Path, tiny: str, make_folder: Callable[..., Path]
+) -> None:
+    """The store of a refused command holds nothing yet: other data and views are no mismatch."""
+    broken = make_folder(tmp_path / "broken", 4)
+    for path in broken.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputNotFound, match="none of 4 images could be read"):
+        run(str(broken), tmp_path / "s", f"t={tiny}", views="gentle", view_seed=3)
+    found = run(data, tmp_path / "s", f"t={tiny}", views="center")
+    assert found.teachers["t"]["rows"] == 40
+    store = Store.open(tmp_path / "s")
+    assert (len(store.ids), store.card.views.kind) == (40, "center-crop")
+    checked = verify(store)
+    assert (checked.faults, checked.unlisted) == ([], [])
+    with pytest.raises(StoreMismatch, match="was made with other settings"):
+        run(data, tmp_path / "s", f"t={tiny}", views="gentle")
+
+
+def test_the_views_of_a_store_without_teachers_stay_where_none_are_asked_for(
+    data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdcache.extract.run.calibrate", lambda *_, **__: (_ for _ in ()).throw(UsageError("later")))
+    with pytest.raises(UsageError, match="later"):
+        run(data, tmp_path / "s", f"t={tiny}", views="gentle", view_seed=3)
+    monkeypatch.undo()
+    run(data, tmp_path / "s", f"t={tiny}")
+    assert Store.open(tmp_path / "s").card.views == parse_views("gentle", 3)
+
+
 def test_the_data_set_of_a_store_need_not_be_named(data: str, tmp_path: Path, tiny: str) -> None:
     run(data, tmp_path / "s", f"a={tiny}")
     assert run(None, tmp_path / "s", f"b={tiny}&seed=1").teachers["b"]["rows"] == 40
@@ -404,7 +458,7 @@ def test_failed_rows_are_named_and_the_others_untouched(
             assert same == (name not in summary.failed)
             assert same or not got[row].any(), "a failed row must hold zeros"
     text = format_summary(summary)
-    assert "3 images failed" in text
+    assert "3 samples failed" in text
     assert summary.failed["b/05.png"] in text
 
 

@@ -17,7 +17,8 @@ from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from hdcache.backbones import create_vit
 from hdcache.batch import Batch
-from hdcache.distill.hybrid import Hybrid, HybridHeads, three_quarters
+from hdcache.distill import teacher_fit
+from hdcache.distill.hybrid import Hybrid, HybridHeads
 from hdcache.distill.redundancy import lowest_ascending, redundancy
 from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, UsageError
@@ -95,7 +96,7 @@ def tokens_of(value: object) -> Tokens:
 
 @pytest.mark.parametrize(("depth", "block"), [(1, 1), (2, 2), (3, 2), (4, 3), (12, 9), (24, 18), (32, 24)])
 def test_the_default_block_is_at_three_quarters_of_the_depth(depth: int, block: int) -> None:
-    assert three_quarters(depth) == block
+    assert teacher_fit.three_quarters(depth) == block
 
 
 @pytest.mark.parametrize(
@@ -399,6 +400,7 @@ def test_survivors_are_ascending_and_nested(ratio: float, scorer: Any, seed: int
         ({"student_blocks": (2, 3)}, r"student_blocks names 2 and relation_blocks 1 \(null: 1\); they are pairs"),
         ({"relation_blocks": (0,), "student_blocks": (1,)}, "count blocks from 1"),
         ({"stages": (0,)}, "count blocks from 1"),
+        ({"stages": (1, 3, 1)}, r"stages \[1, 3, 1\] names one twice"),
         ({"keep_ratio": None, "stages": (1,)}, "stages is set, but keep_ratio is null, so that nothing is dropped"),
         ({"keep_ratio": 1.0}, "less than 1"),
         (
@@ -441,9 +443,25 @@ def test_settings_that_contradict_each_other(changes: dict[str, Any], message: s
             "feature_teacher: no teacher 'clp'; did you mean",
         ),
         (
+            Hybrid(feature_teacher="supervised", relation_teacher="mae"),
+            CARDS,
+            r"objective.feature_teacher: no teacher 'supervised'; choose from: clip, mae; or add it: "
+            r"hdcache extract --store STORE --teacher supervised=MODEL --tap final$",
+        ),
+        (
+            Hybrid(feature_teacher="clip", relation_teacher="l"),
+            CARDS,
+            r"--teacher l=MODEL --tap blockN.attn_in \(N: three quarters of its blocks\)$",
+        ),
+        (
+            Hybrid(feature_teacher="clip", relation_teacher="l", relation_blocks=(2, 3), student_blocks=(1, 2)),
+            CARDS,
+            "--teacher l=MODEL --tap block2.attn_in --tap block3.attn_in$",
+        ),
+        (
             Hybrid(**NAMED),
             CARDS | {"mae": MAE.model_copy(update={"mask": MaskSpec(kind="random", ratio=0.75)})},
-            r"its mask random:0.75 left, .*--teacher mae-2=MODEL --tap block3.attn_in', then set objective.relation_teacher=mae",
+            r"its mask random:0.75 left, .*set objective.relation_teacher=mae-2 and add it: .*--teacher mae-2=MODEL --tap block3.attn_in$",
         ),
         (
             Hybrid(**NAMED),
@@ -492,7 +510,11 @@ def test_student_blocks_that_cannot_be_meant(changes: dict[str, Any], depth: int
             {"img_size": 24},
             "student has 6x6 patch . 1 prefix tokens and teacher 'mae' 4x4 .*student.arguments.img_size=16",
         ),
-        ({"heads": 5}, {}, "5 heads do not divide the width 32 of teacher 'mae'"),
+        (
+            {"heads": 5},
+            {},
+            "5 heads do not divide the width 32 of teacher 'mae'; set objective.heads=null for the teacher's own 4",
+        ),
         ({}, {"embed_dim": 30}, "4 heads do not divide the width 30 of the student; set objective.heads to a divisor"),
         ({}, {"qk_norm": True}, "block3 of the student normalises Q and K per head"),
         (
@@ -504,6 +526,7 @@ def test_student_blocks_that_cannot_be_meant(changes: dict[str, Any], depth: int
         ({"keep_ratio": 0.2}, {}, "keep_ratio 0.2 leaves no patch token after block 2: 16 -> 3 -> 0"),
         ({"stages": (5,)}, {}, "stages names block 5, but the student has 4 blocks"),
         ({"stages": (3,), "use": ("relation",)}, {}, r"stages \[3\] drop nothing: block 3 is the last that is read"),
+        ({"stages": (1, 4), "use": ("relation",)}, {}, r"stages \[4\] drop nothing: block 3 is the last that is read"),
     ],
 )
 def test_student_and_teachers_that_do_not_fit(changes: dict[str, Any], arguments: dict[str, Any], message: str) -> None:

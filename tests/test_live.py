@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hdcache.distill.live import choose_teachers, named_teachers, stored_teachers, teacher_cards
+from hdcache.distill.live import choose_teachers, commands_of, named_teachers, stored_teachers, teacher_cards
 from hdcache.distill.recipes import get_recipe
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
@@ -78,6 +78,54 @@ def test_a_classifier_is_loaded_where_a_target_needs_it(tiny: str) -> None:
     assert named_teachers([spec], CPU, {"a": ["final"], "b": ["logits"]})["a"].card.classes == 0
 
 
+@pytest.mark.parametrize("name", ["mae-tiny", "supervised-tiny", "sdssl-mocov3-tiny"])
+def test_teachers_that_nobody_reads_are_refused(name: str, tiny: str, tiny_store: Path) -> None:
+    for store in (None, Store.open(tiny_store)):
+        message = f"^recipe '{name}' reads no teacher, so none can run in the loop; leave --online and --teacher out$"
+        with pytest.raises(UsageError, match=message):
+            choose_teachers(get_recipe(name), store, [f"a={tiny}"], CPU, online=True)
+        assert choose_teachers(get_recipe(name), store, [], CPU, online=False)[1:] == ({}, {})
+
+
+# The commands in messages
+
+
+def completed(store: Store | None, message: str) -> str:
+    with pytest.raises(UsageError) as caught, commands_of(store):
+        raise UsageError(message)
+    return str(caught.value)
+
+
+def test_commands_name_the_store_and_the_models_that_it_knows(tiny_store: Path, tiny: str) -> None:
+    store, command = Store.open(tiny_store), "add it: hdcache extract --store STORE --teacher {}=MODEL --tap final"
+    begin = f"add it: hdcache extract --store {tiny_store} --teacher"
+    assert completed(store, command.format("sup")) == f"{begin} sup=MODEL --tap final"
+    assert completed(store, command.format("t-2")) == f"{begin} 't-2={tiny}' --tap final"
+    assert completed(store, command.format("u-2")) == f"{begin} u-2=MODEL --tap final"
+    assert completed(None, command.format("t-2")) == command.format("t-2")
+    missing = "no teacher 'u'; choose from: t; or "
+    assert completed(None, missing + command.format("u")) == f"{missing}give --teacher u=MODEL too"
+    sized = "hdcache extract --store STORE --teacher t-2=MODEL --img-size 48 --tap final"
+    assert completed(store, sized).endswith(f"'t-2={tiny}' --img-size 48 --tap final")
+
+
+def test_a_teacher_that_the_store_lacks_is_named_with_the_command(
+    tiny_store: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = small_recipe("hybrid-tiny", objective__relation_teacher="t", objective__keep_ratio=None)
+    message = (
+        r"^objective.feature_teacher: no teacher 'supervised'; choose from: t; or add it: hdcache extract --store \S+/store "
+        r"--teacher supervised=MODEL --tap final$"
+    )
+    with pytest.raises(UsageError, match=message):
+        distill(recipe, out=tmp_path / "a", store=tiny_store, device="cpu")
+    student = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    message = rf"set objective.teacher=t-2 and add it: hdcache extract --store {tiny_store} --teacher 't-2=random:\S+' --img-size 64 "
+    with pytest.raises(UsageError, match=message):
+        distill(small_recipe(student__arguments=student), out=tmp_path / "a", store=tiny_store, device="cpu")
+    assert not (tmp_path / "a").exists()
+
+
 # Masked teachers in the loop
 
 
@@ -111,6 +159,6 @@ def test_training_with_a_masked_live_teacher(tmp_path: Path, tiny: str, make_npz
     assert result["loss"] > 0
     with pytest.raises(StoreMismatch, match=r"teachers\.t\.mask\.seed"):
         distill(recipe, **settings, teacher_mask="random:0.5", teacher_mask_seed=1, device="cpu", threads=2)
-    with pytest.raises(UsageError, match="mask"):
+    with pytest.raises(UsageError, match=r"random masks \(t with no mask\); give --teacher-mask random:0\.5$"):
         distill(recipe, **settings | {"out": tmp_path / "b"}, device="cpu", threads=2)
     assert not (tmp_path / "b").exists()

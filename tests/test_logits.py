@@ -19,7 +19,7 @@ from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.extract.run import extract
 from hdcache.info import describe_store, format_store
-from hdcache.schema import Preprocessing, TeacherCard
+from hdcache.schema import MaskSpec, Preprocessing, TeacherCard
 from hdcache.store import Store
 from hdcache.taps import Tokens
 
@@ -109,8 +109,10 @@ def test_the_teacher_with_a_classifier_is_found_among_others() -> None:
 @pytest.mark.parametrize(
     ("objective", "cards", "labels", "arguments", "message"),
     [
-        (Logits(), {"t": card(0)}, 0, {}, r"needs the class probabilities of teacher 't', which was run without a classifier; .*hdcache extract --store STORE --teacher t-2=MODEL --tap logits --top-k 10'"),
-        (Logits(), {}, 0, {}, r"exactly one teacher with a classifier, but there are 0 \(none\); set objective.teacher=NAME"),
+        (Logits(), {"t": card(0)}, 0, {}, r"needs the class probabilities of teacher 't', which was run without a classifier; set objective.teacher=t-2 and add it, .*: hdcache extract --store STORE --teacher t-2=MODEL --tap logits --top-k 10$"),
+        (Logits(teacher="b"), {"t": card()}, 0, {}, "no teacher 'b'; choose from: t; or add it: .*--teacher b=MODEL --tap logits --top-k 10$"),
+        (Logits(), {"t": card().model_copy(update={"mask": MaskSpec(kind="random", ratio=0.75)})}, 0, {}, "'t' saw only the tokens that its mask random:0.75 left"),
+        (Logits(), {}, 0, {}, "objective.teacher not given, and there is no teacher; add one: .*--teacher NAME=MODEL --tap logits --top-k 10$"),
         (Logits(), {"a": card(), "b": card()}, 0, {}, r"but there are 2 \(a, b\)"),
         (Logits(teacher="tt"), {"t": card()}, 0, {}, "no teacher 'tt'; did you mean 't'"),
         (Logits(hard_labels=True), {"t": card()}, 3, {}, "the data set has 3 and teacher 't' 4; set objective.hard_labels=false"),
@@ -182,5 +184,8 @@ def test_from_soft_labels(data: str, tmp_path: Path) -> None:
 
 
 def test_a_store_without_logits_names_the_command(tiny_store: Path, tmp_path: Path) -> None:
-    with pytest.raises((UsageError, InputNotFound), match=r"--teacher t-2=MODEL --tap logits --top-k 10"):
+    with pytest.raises(
+        (UsageError, InputNotFound),
+        match=r"--store \S+/store --teacher 't-2=random:vit_tiny_\S+' --tap logits --top-k 10$",
+    ):
         distill(recipe(), out=tmp_path / "run", store=tiny_store, device="cpu")

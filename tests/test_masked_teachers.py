@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from hdcache.masks import draw_visible, pack_visible
 from hdcache.options import Options
 from hdcache.reader import MASK_ARRAY, TeacherReader, read_geometry
 from hdcache.samples import open_sample
-from hdcache.schema import MaskSpec, Preprocessing
+from hdcache.schema import MaskSpec, Preprocessing, TeacherRecord
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.target_sources import StoredTargets, open_targets
@@ -422,6 +423,25 @@ def test_a_mask_of_another_number_of_tokens_is_corrupt(root: Path) -> None:
     stored = StoredTargets(reader, ["final"], torch.device("cpu"), torch.float32)
     with pytest.raises(StoreCorrupt, match=message):
         stored.visible({MASK_ARRAY: packed})
+
+
+def test_a_tube_mask_that_is_no_tube_is_corrupt(tmp_path: Path) -> None:
+    """Two temporal slots of 4 cells: as many visible tokens as there should be, but not the same cells."""
+    teacher = load_teacher(
+        "t=random:vit_tiny_patch16_224?img_size=16&patch_size=8&depth=1&embed_dim=12&num_heads=2&frames=4", mask="0.5"
+    )
+    reader = TeacherReader.__new__(TeacherReader)
+    fields = {"name": "t", "taps": {}, "requests": (), "dataset": "", "views": {}, "batch": 1}
+    reader.record = TeacherRecord.model_validate(fields | {"card": teacher.card})
+    reader.name, reader.store = "t", SimpleNamespace(path=tmp_path)  # type: ignore[assignment]
+    good = np.array([[0, 2, 4, 6], [1, 2, 5, 6]])
+    assert np.array_equal(reader.unpacked(pack_visible(good, 8)), good)
+    with pytest.raises(
+        StoreCorrupt, match=r"visible cells differ between temporal slots \(row 1\); copy the store again"
+    ):
+        reader.unpacked(pack_visible(np.array([[0, 2, 4, 6], [1, 2, 5, 7]]), 8))
+    with pytest.raises(StoreCorrupt, match="differ between temporal slots"):
+        reader.unpacked(pack_visible(np.array([[0, 1, 2, 4]]), 8))
 
 
 def test_a_mask_that_no_manifest_lists_is_not_read(tmp_path: Path, tiny: str, make_npz: Callable[..., str]) -> None:

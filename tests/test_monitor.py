@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hdcache.backbones import load_backbone
+from hdcache.datasets import open_dataset
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
-from hdcache.errors import InputNotFound, UsageError
+from hdcache.errors import InputNotFound, UnreadableImage, UsageError
 from hdcache.evaluate.monitor import knn_monitor
 from hdcache.evaluate.run import knn_eval
+from hdcache.schema import ViewSpec
 
 Make = Callable[..., Recipe]
 
@@ -121,3 +126,41 @@ def test_a_layer_that_the_student_lacks_is_refused_before_the_first_step(
             small_recipe(), out=tmp_path / "a", store=tiny_store, device="cpu", monitor=knn_monitor(*sets, **settings)
         )
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == ""
+
+
+def test_clips_are_shown_at_the_stride_of_the_run(
+    tmp_path: Path,
+    make_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What was asked for, else what the run says; samples that cannot be read are counted once."""
+    backbone = load_backbone(
+        "random:vit_tiny_patch16_224?img_size=16&patch_size=8&embed_dim=12&depth=1&num_heads=2&frames=4"
+    )
+    dataset = open_dataset(str(make_folder(tmp_path / "d", 6)))
+    card = dataset.card.model_copy(update={"kind": "video", "spec": "video:d"})
+    clips = dataclasses.replace(dataset, card=card)
+    monkeypatch.setattr("hdcache.evaluate.monitor.open_labelled", lambda *_: (clips, clips))
+    strides: list[int] = []
+
+    def opened(_: Any, name: str, spec: ViewSpec, view: int) -> Any:
+        strides.append(spec.stride)
+        if name == clips.ids[1]:
+            raise UnreadableImage(f"{name}: 6 frames, but a clip of 4 frames")
+        return SimpleNamespace(pixels=lambda _: np.full((3, 4, 16, 16), len(name), np.uint8))
+
+    monkeypatch.setattr("hdcache.evaluate.embed.open_sample", opened)
+    given = (backbone.model, backbone.preprocessing, "final", "mean", 7)
+    knn_monitor("video:d", k=1, threads=1)(*given)
+    assert set(strides) == {7}
+    text = capsys.readouterr().err
+    assert text == (
+        f"k-NN while training: 1 of 6 samples of video:d cannot be read and are left out; the first: {clips.ids[1]}: "
+        "6 frames, but a clip of 4 frames\n"
+    )
+    strides.clear()
+    measure = knn_monitor("video:d", k=1, threads=1, stride=3)
+    measure(*given), measure(*given)
+    assert set(strides) == {3}
+    assert capsys.readouterr().err == text

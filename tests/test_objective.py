@@ -43,9 +43,13 @@ OBJECTIVES: list[Objective] = [
     TinyMIM(strategy="feature", feature="qkv", student_block=2),
     TinyMIM(strategy="class-token"),
     Supervised(),
+    Supervised(pool="mean"),
+    TinyMIM(strategy="feature", tokens="patches"),
     MAE(decoder_width=16, decoder_depth=1, decoder_heads=2),
     Hybrid(relation_teacher="mae", feature_teacher="mae", stages=(1, 2)),
     Hybrid(use=("relation",), scores="softmax", scorer="random"),
+    Hybrid(use=("relation",), relation_tokens="patches", scorer="random"),
+    Hybrid(relation_teacher="mae", feature_teacher="mae", feature_tokens="patches", keep_ratio=None),
 ]
 NAMES = [
     "relation",
@@ -54,9 +58,13 @@ NAMES = [
     "feature-qkv",
     "class-token",
     "supervised",
+    "supervised-mean",
+    "feature-patches",
     "mae",
     "hybrid",
     "hybrid-relation",
+    "hybrid-relation-patches",
+    "hybrid-feature-patches",
 ]
 
 
@@ -147,6 +155,27 @@ def test_last_trained_is_the_deepest_block_with_gradient(objective: Objective) -
     reached = [n for n in range(1, 4) if student.get_parameter(f"blocks.{n - 1}.mlp.fc2.weight").grad is not None]
     assert reached == list(range(1, last + 1))
     assert (student.get_parameter("norm.weight").grad is not None) == (objective.last_trained(3) == "final")
+
+
+def test_class_tokens_are_pooled_where_a_gradient_reaches_them(objective: Objective) -> None:
+    """At the layer that frozen features are read from."""
+    student, batch = vit(), batch_of(objective)
+    model: Any = student
+    heads = objective.build(student, {"mae": CARD}, 3, torch.Generator().manual_seed(0))
+    last = parse_tap(objective.last_trained(3)).block
+    found: list[torch.Tensor] = []
+    layer = model.blocks[last - 1] if last else model.norm
+
+    def note(_: object, __: object, out: torch.Tensor) -> None:
+        out.retain_grad()
+        found.append(out)
+
+    layer.register_forward_hook(note)
+    torch.stack(list(step(objective, student, heads, batch).values())).sum().backward()  # type: ignore[no-untyped-call]
+    (tokens,) = found
+    assert tokens.grad is not None
+    reached = bool(tokens.grad[:, 0].abs().max() > 0)
+    assert objective.pool_trained() == ("cls" if reached else "mean")
 
 
 def test_build_draws_from_its_generator_alone(objective: Objective) -> None:

@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
+from hdcache.errors import HdcacheError, InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.integrity import teacher_ledger, view_ledger
 from hdcache.reader import TeacherReader, read_geometry, read_shard_geometry
+from hdcache.schema import ViewSpec
 from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.taps import Tokens
 from hdcache.views import row_order
@@ -190,3 +195,85 @@ def test_geometry_that_names_a_sample_twice_is_refused(sealed_store: Path, monke
     monkeypatch.setattr("hdcache.reader.ArrayReader.rows", lambda *_: np.zeros((20, 8), np.int32))
     with pytest.raises(StoreMismatch, match="views/0: its rows do not name every sample once"):
         read_geometry(Store.open(sealed_store), 0)
+
+
+# Records and numbers that nothing could have written
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.integers(0, 19), column=st.integers(1, 12), value=st.integers(-(2**31), 2**31 - 1))
+def test_geometry_is_possible_or_names_the_row(
+    sealed_store: Path, monkeypatch: pytest.MonkeyPatch, row: int, column: int, value: int
+) -> None:
+    """A box inside its source, a flip of 0 or 1, frames one stride apart; or a row that was never read."""
+    store = Store.open(sealed_store)
+    store.card = store.card.model_copy(update={"views": ViewSpec(frames=5, stride=2)})
+    geometry = np.tile(np.array([0, 1, 2, 3, 4, 1, 30, 20, 4, 6, 8, 10, 12], np.int64), (20, 1))
+    geometry[:, 0] = np.arange(20)
+    geometry[row, column] = value
+    left, top, width, height, flip, wide, high, *frames = geometry[row, 1:].tolist()
+    possible = (
+        left >= 0 and top >= 0 and width > 0 and height > 0 and left + width <= wide and top + height <= high
+        and flip in (0, 1) and frames == list(range(frames[0], frames[0] + 10, 2)) and frames[0] >= 0
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("hdcache.reader.ArrayReader", lambda *_: SimpleNamespace(rows=lambda *_: geometry))
+        if possible or wide == 0:
+            assert np.array_equal(read_geometry(store, 0)[0], geometry)
+        else:
+            with pytest.raises(
+                StoreCorrupt, match=rf"/views/0/geometry: row {row} is no view of a sample \(sample {row}, l"
+            ):
+                read_geometry(store, 0)
+
+
+def test_a_shard_s_geometry_is_held_to_the_same(sealed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(sealed_store)
+    found = read_shard_geometry(store, 0, 1)
+    assert found is not None
+    wrong = found[0].copy()
+    wrong[3, 5] = 2
+    monkeypatch.setattr("hdcache.reader.ArrayReader.rows", lambda *_: wrong)
+    with pytest.raises(StoreCorrupt, match=r"row 11 is no view of a sample .*flip 2.*; copy the store again"):
+        read_shard_geometry(store, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ({"grid": [2, 4]}, "tap block1.attn_in has 9 tokens of 6 channels and 1 prefix tokens, its teacher 8 of 6 and 1"),
+        ({"width": 8}, "of 6 channels and 1 prefix tokens, its teacher 9 of 8 and 1"),
+        ({"prefix_tokens": 2}, "and 1 prefix tokens, its teacher 9 of 6 and 2"),
+        ({"depth": 0}, "tap 'block1.attn_in': the network has 0 blocks"),
+        ({"mask": {"kind": "random", "ratio": 0.5}}, "has 9 tokens of 6 channels .* its teacher 5 of 6"),
+        ({"mask": {"kind": "random", "ratio": 0.01}}, "hides 0 and leaves 9 visible"),
+    ],
+)  # fmt: skip
+def test_taps_that_the_network_cannot_have_are_corrupt(sealed_store: Path, card: dict[str, Any], message: str) -> None:
+    path = sealed_store / "teachers/t/zarr.json"
+    record = json.loads(path.read_bytes())
+    record["attributes"]["hdcache"]["card"] |= card
+    path.write_text(json.dumps(record))
+    with pytest.raises(StoreCorrupt, match=rf"teachers/t/zarr\.json: .*{message}.*; copy the store again"):
+        reader(sealed_store)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data(), which=st.sampled_from(["teachers/t/zarr.json", "teachers/t/views/0/manifest.json"]))
+def test_a_changed_record_is_read_or_says_why(
+    data: st.DataObject, which: str, sealed_store: Path, mutations: Callable[[bytes], st.SearchStrategy[bytes]]
+) -> None:
+    path = sealed_store / which
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(data.draw(mutations(whole)))
+        message = ""
+        try:
+            source = reader(sealed_store)
+            for tap in source.record.taps:
+                source.tap(0, tap, 0, 4)
+        except HdcacheError as error:
+            message = str(error)
+        assert "\n" not in message
+    finally:
+        path.write_bytes(whole)

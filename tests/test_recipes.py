@@ -168,7 +168,9 @@ NARROW = {
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("tinymim-")])
 def test_student_and_heads_can_be_built(name: str) -> None:
     kind = RECIPES[name].recipe.objective.kind
-    recipe = get_recipe(name, {f"objective.{key}": value for key, value in NARROW.get(kind, {}).items()})
+    narrow = {f"objective.{key}": value for key, value in NARROW.get(kind, {}).items()}
+    unused = {path for path in narrow if RECIPES[name].source(path).startswith("not used")}
+    recipe = get_recipe(name, {path: value for path, value in narrow.items() if path not in unused})
     cards, student = fake_cards(recipe), meta_student(recipe)
     wanted = recipe.objective.wants(cards)
     assert bool(wanted) == (not RECIPES[name].teacher.startswith("none"))
@@ -325,7 +327,8 @@ def test_baselines_have_the_budget_of_what_they_are_compared_with() -> None:
         ("hybrid-b", "hybrid-b-feature"),
         ("amd-video-b", "amd-video-b-symmetric"),
         ("amd-image-b", "amd-image-b-symmetric"),
-        ("sdssl-byol", "sdssl-byol-baseline"),
+        *((f"sdssl-{name}", f"sdssl-{name}-baseline") for name in ("simclr", "byol", "mocov3")),
+        *((f"sdssl-{name}-tiny", f"sdssl-{name}-baseline-tiny") for name in ("simclr", "byol", "mocov3")),
         ("tinymim-b", "tinymim-feature"),
         ("tinymim-b", "tinymim-class-token"),
         ("supervised-s", "logits-s"),
@@ -336,6 +339,33 @@ def test_baselines_have_the_budget_of_what_they_are_compared_with() -> None:
     for first, second in pairs:
         one, other = (get_recipe(name).model_dump(exclude={"name", "objective"}) for name in (first, second))
         assert one == other, (first, second)
+
+
+def test_the_ablations_schedule_differs_in_epochs_alone() -> None:
+    full, short = (get_recipe(name).model_dump(exclude={"name"}) for name in ("hybrid-b", "hybrid-b-100"))
+    assert (full.pop("epochs"), short.pop("epochs")) == (300, 100)
+    assert full == short
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sdssl-")])
+def test_only_recipes_with_a_momentum_copy_speak_of_one(name: str) -> None:
+    objective = RECIPES[name].recipe.objective
+    assert isinstance(objective, SDSSL)
+    has_copy = objective.formulation == "online" and objective.framework != "simclr"
+    for path in ("ema", "ema_end"):
+        assert ("keeps its own momentum copy" in RECIPES[name].source(path)) == has_copy
+
+
+@pytest.mark.parametrize("name", ["tinymim-s", "tinymim-t"])
+def test_smaller_students_can_learn_from_the_large_teacher_directly(name: str) -> None:
+    """12 heads do not divide an MAE-L; its own 16 divide both widths. The notes give the change."""
+    large = {"mae": card(1024, 24, 16)}
+    with pytest.raises(UsageError, match="12 heads do not divide the width 1024"):
+        get_recipe(name).objective.build(meta_student(get_recipe(name)), large, 0, torch.Generator())
+    direct = get_recipe(name, {"objective.heads": "null"})
+    heads = direct.objective.build(meta_student(direct), large, 0, torch.Generator())
+    assert heads.cut == 16
+    assert "objective.heads=null" in RECIPES[name].notes
 
 
 def test_overrides_reach_every_depth() -> None:

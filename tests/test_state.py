@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hdcache.distill import state
-from hdcache.distill.state import STATE_FILE, Position, load_state, save_state
+from hdcache.distill.state import STATE_FILE, Position, load_state, save_state, saved_facts
 from hdcache.errors import OutOfSpace, StoreMismatch
 
 ABOUT = {"recipe": {"lr": 0.1, "seed": 3, "betas": (0.9, 0.95)}, "manifests": {"t": {"0": "abc"}}, "online": False}
@@ -148,3 +149,11 @@ def test_other_errors_of_the_disk_are_not_hidden(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output error"):
         Run(1, 1).save(tmp_path, POSITION)
+
+
+def test_facts_of_a_state_are_read_without_its_tensors(tmp_path: Path) -> None:
+    assert saved_facts(tmp_path) == {}
+    Run(1, 1).save(tmp_path, POSITION)
+    assert saved_facts(tmp_path) == json.loads(json.dumps(ABOUT))
+    (tmp_path / STATE_FILE).write_bytes(b"torn")
+    assert saved_facts(tmp_path) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,3 +276,38 @@ def test_a_lock_is_freed_by_an_error_and_held_without_an_owner(tmp_path: Path) -
 def test_a_lock_has_a_name_that_is_no_path(sealed_store: Path) -> None:
     with pytest.raises(UsageError, match=r"teacher '\.\./x' may hold only"), Store.open(sealed_store).lock("../x"):
         pass
+
+
+# A store that nothing was written to
+
+
+def fresh(root: Path, seed: int) -> Store:
+    dataset = DatasetCard(kind="folder", fingerprint="0" * 64, count=2)
+    return Store.create(root, StoreCard(dataset=dataset, views=ViewSpec(seed=seed)), ["a", "b"], np.zeros(2, np.int64))
+
+
+def test_a_store_that_nothing_was_written_to_is_withdrawn(tmp_path: Path) -> None:
+    store = fresh(tmp_path, 1)
+    with store.lock("t"):
+        assert not store.withdraw(), "somebody is about to write"
+    assert store.withdraw()
+    with pytest.raises(InputNotFound, match="creation was cut short"):
+        Store.open(tmp_path)
+    fresh(tmp_path, 2)
+    refused = pytest.raises(
+        StoreMismatch, match="another process made it anew with other settings; run the same command"
+    )
+    with refused, store.lock("t"):
+        pytest.fail("its rows would be of other views")
+    with Store.open(tmp_path).lock("t"):
+        pass
+
+
+@pytest.mark.parametrize("gone", ["teachers/t/zarr.json", "views/0/geometry"])
+def test_a_store_that_holds_something_is_not_withdrawn(sealed_store: Path, gone: str) -> None:
+    path = sealed_store / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    store = Store.open(sealed_store)
+    assert store.begun
+    assert not store.withdraw()
+    assert (sealed_store / "zarr.json").is_file()

@@ -50,7 +50,7 @@ def test_a_summary_names_what_was_written_and_what_failed(
     assert "(30 rows written at " in text
     assert "random mask of ratio 0.5, seed 0: sees 8 of 16 patch tokens" in text
     assert "  final: fp32, " in text
-    assert "22 images failed and are recorded as failed rows; the same command tries them again:" in text
+    assert "22 samples failed and are recorded as failed rows; the same command tries them again:" in text
     assert text.count("the file is empty (0 bytes)") == 20
     assert text.endswith("  and 2 more (--json lists all)")
     dumped = json.loads(json.dumps(summary.json(), allow_nan=False))

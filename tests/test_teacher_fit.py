@@ -8,6 +8,7 @@ from torch import nn
 from hdcache.backbones import create_vit
 from hdcache.distill.teacher_fit import (
     choose_teachers,
+    class_tokens,
     divisible,
     plain_queries,
     plain_student,
@@ -33,6 +34,9 @@ CARD = TeacherCard(
 )
 
 
+NEEDED = {"": "", "feature": "--tap final", "relation": "--tap block3.attn_in"}
+
+
 def vit(**arguments: Any) -> nn.Module:
     small = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
     return create_vit("vit_tiny_patch16_224", small | arguments)
@@ -55,13 +59,40 @@ def changed(**changes: Any) -> TeacherCard:
     ],
 )
 def test_names_are_chosen(named: dict[str, str | None], teachers: str, chosen: dict[str, str]) -> None:
-    assert choose_teachers(named, dict.fromkeys(teachers, CARD)) == chosen
+    assert choose_teachers(named, dict.fromkeys(teachers, CARD), NEEDED) == chosen
 
 
 @pytest.mark.parametrize(
     ("named", "teachers", "message"),
     [
-        ({"feature": None}, "", "objective.feature_teacher not given, and there is no teacher; give --store STORE"),
+        (
+            {"feature": None},
+            "",
+            "objective.feature_teacher not given, and there is no teacher; add one: "
+            "hdcache extract --store STORE --teacher NAME=MODEL --tap final$",
+        ),
+        ({"": None}, "", "^objective.teacher not given.*--teacher NAME=MODEL$"),
+        (
+            {"": None},
+            "ab",
+            r"^objective.teacher is null, which needs exactly one teacher, but there are 2 \(a, b\); set objective.teacher=NAME$",
+        ),
+        (
+            {"": "b"},
+            "",
+            "^objective.teacher: no teacher 'b'; there is none; or add it: hdcache extract --store STORE --teacher b=MODEL$",
+        ),
+        (
+            {"feature": "supervised"},
+            ["mae", "sup"],
+            "^objective.feature_teacher: no teacher 'supervised'; choose from: mae, sup; or add it: "
+            "hdcache extract --store STORE --teacher supervised=MODEL --tap final$",
+        ),
+        (
+            {"feature": "mea"},
+            ["mae", "sup"],
+            r"did you mean 'mae'\? The teachers are mae, sup; or add it: hdcache extract .* --tap final$",
+        ),
         (
             {"feature": None},
             "ba",
@@ -84,10 +115,34 @@ def test_names_are_chosen(named: dict[str, str | None], teachers: str, chosen: d
 )
 def test_names_that_cannot_be_meant(named: dict[str, str | None], teachers: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_teachers(named, dict.fromkeys(teachers, CARD))
+        choose_teachers(named, dict.fromkeys(teachers, CARD), NEEDED)
 
 
 # Whether it fits
+
+
+def test_null_is_no_advice_where_the_teacher_s_own_heads_do_not_fit() -> None:
+    for asked in (None, 16):
+        with pytest.raises(
+            UsageError, match=r"16 heads do not divide the width 24 .*; set objective.heads to a divisor of 32 and 24$"
+        ):
+            divisible(vit(), "t", changed(heads=16), asked)
+
+
+def test_grids_that_are_not_square() -> None:
+    with pytest.raises(
+        UsageError, match=r"; set student.arguments.img_size=\[32, 16\], or store the teacher at 16 pixels"
+    ):
+        same_grid(vit(), {"": ("t", changed(grid=(8, 4)))}, {"t": ("final",)})
+    teachers = {"relation": ("a", changed(grid=(8, 8))), "feature": ("b", changed(grid=(2, 2)))}
+    with pytest.raises(UsageError, match=r"give the student a square student.arguments.img_size$"):
+        same_grid(vit(img_size=(16, 32)), teachers, {"a": ("final",), "b": ("final",)})
+
+
+def test_class_tokens_are_needed_on_both_sides() -> None:
+    class_tokens(vit(), "t", CARD)
+    with pytest.raises(UsageError, match="needs a class token, which teacher 't' lacks"):
+        class_tokens(vit(), "t", changed(class_token=False))
 
 
 def test_a_masked_teacher_is_refused_with_the_command_that_stores_it_whole() -> None:
@@ -95,8 +150,8 @@ def test_a_masked_teacher_is_refused_with_the_command_that_stores_it_whole() -> 
     masked = changed(mask=MaskSpec(kind="tube", ratio=0.9))
     message = (
         "teacher 't' saw only the tokens that its mask tube:0.9 left, but every token is compared; store it without --teacher-mask: "
-        "'hdcache extract --store STORE --teacher t-2=MODEL --tap block3.attn_in --tap final', "
-        "then set objective.feature_teacher=t-2"
+        "set objective.feature_teacher=t-2 and add it: "
+        "hdcache extract --store STORE --teacher t-2=MODEL --tap block3.attn_in --tap final"
     )
     with pytest.raises(UsageError) as caught:
         whole_images("t", masked, "feature", ["final", "block3.qkv", "block3.attn_in"])
@@ -119,7 +174,8 @@ def test_normalised_queries_are_refused() -> None:
 )
 def test_heads_must_divide_both_widths(heads: int, whose: str) -> None:
     divisible(vit(), "t", CARD, 8)
-    with pytest.raises(UsageError, match=f"{heads} heads do not divide the width {whose}.*to a divisor of 32 and 24"):
+    message = f"{heads} heads do not divide the width {whose}.*; set objective.heads=null for the teacher's own 4, or objective.heads "
+    with pytest.raises(UsageError, match=f"{message}to a divisor of 32 and 24$"):
         divisible(vit(), "t", CARD, heads)
 
 
@@ -138,8 +194,8 @@ def test_one_teacher_of_another_grid_can_be_met_from_both_sides() -> None:
     assert str(caught.value) == (
         "tokens are compared one by one, but the student has 4x4 patch + 1 prefix tokens and teacher 'clip' "
         "8x8 patch + 1 prefix tokens; set student.arguments.img_size=32, or store the teacher at 56 pixels: "
-        "'hdcache extract --store STORE --teacher clip-2=MODEL --img-size 56 --tap final', "
-        "then set objective.feature_teacher=clip-2"
+        "set objective.feature_teacher=clip-2 and add it: "
+        "hdcache extract --store STORE --teacher clip-2=MODEL --img-size 56 --tap final"
     )
 
 
@@ -151,7 +207,7 @@ def test_clip_large_at_196_pixels_has_the_grid_of_a_base_student() -> None:
     ):
         same_grid(vit(img_size=224, patch_size=16), teacher, targets)
     with pytest.raises(
-        UsageError, match=r"'mae' 14x14 .*; store the teacher at 64 pixels: .*block9.attn_in', then set objective.rel"
+        UsageError, match=r"'mae' 14x14 .*; store the teacher at 64 pixels: set objective.rel.*block9.attn_in$"
     ):
         same_grid(vit(img_size=256, patch_size=16), teacher, targets)
 

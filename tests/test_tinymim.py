@@ -374,13 +374,25 @@ def test_a_recipe_turns_ablations_on_field_by_field() -> None:
         ({"relations": ("qk", "qk")}, "names a kind twice"),
         ({"relations": ()}, "at least 1 item"),
         ({"relations": ("qv",)}, "'qk', 'vv', 'qq' or 'kk'"),
-        ({"feature": "out"}, "feature is set, but strategy 'relation' reads none; set it to null"),
-        ({"strategy": "feature", "heads": 4}, "heads is set, but strategy 'feature' has no heads; set heads to null"),
+        ({"feature": "out"}, "feature is set, but strategy 'relation' does not read it; set feature to null"),
+        (
+            {"strategy": "feature", "heads": 4},
+            "heads is set, but strategy 'feature' does not read it; set heads to null",
+        ),
         ({"student_block": 1}, "student_block 1 would train no block at all; relations need student_block 2 or later"),
         ({"strategy": "feature", "feature": "final", "teacher_block": 2}, "teacher_block is set, but feature 'final'"),
         (
             {"strategy": "feature", "softmax": False},
-            "softmax is false, but strategy 'feature' has no relations; set softmax",
+            "softmax is set, but strategy 'feature' does not read it; set softmax to true",
+        ),
+        ({"beta": 1.0}, "beta is set, but strategy 'relation' does not read it; set beta to 2.0"),
+        ({"temperature": 2.0}, "temperature is set, but strategy 'relation' does not read it; set temperature to 1.0"),
+        ({"strategy": "feature", "relations": ["vv"]}, r'does not read it; set relations to \["qk", "vv"\]'),
+        ({"strategy": "feature", "temperature": 2.0}, "temperature is set, but strategy 'feature'"),
+        ({"strategy": "class-token", "beta": 1.0}, "beta is set, but strategy 'class-token'"),
+        (
+            {"strategy": "class-token", "tokens": "patches"},
+            "strategy 'class-token' does not read it; set tokens to \"all\"",
         ),
         ({"reconstruction": MAE()}, r"hides 0\.75 of the patches, but masked_input is None; .* set masked_input and"),
         ({"reconstruction": MAE(), "masked_input": 0.5}, r"but masked_input is 0\.5; one forward serves both"),
@@ -400,13 +412,31 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("objective", "cards", "message"),
     [
-        (TinyMIM(), {}, r"needs exactly one teacher, but there are 0 \(none\); set objective.teacher=NAME"),
+        (
+            TinyMIM(),
+            {},
+            r"objective.teacher not given, and there is no teacher; add one: hdcache extract --store STORE --teacher NAME=MODEL ",
+        ),
+        (
+            TinyMIM(teacher="b"),
+            {"mae": CARD, "sup": CARD},
+            r"^objective.teacher: no teacher 'b'; choose from: mae, sup; or add it: hdcache extract --store STORE --teacher "
+            r"b=MODEL \(without --tap: the block that is read by default\)$",
+        ),
+        (TinyMIM(teacher="b", teacher_block=9), {"mae": CARD}, "--teacher b=MODEL --tap block9.attn_in$"),
+        (TinyMIM(teacher="b", strategy="class-token"), {"mae": CARD}, "--teacher b=MODEL --tap final$"),
+        (
+            TinyMIM(teacher="b", strategy="feature"),
+            {"mae": CARD},
+            r"--teacher b=MODEL --tap blockN.out \(N: its last block\)$",
+        ),
         (TinyMIM(), {"b": CARD, "a": CARD}, r"there are 2 \(a, b\); set objective.teacher=NAME"),
         (TinyMIM(teacher="maee"), {"mae": CARD}, "no teacher 'maee'; did you mean 'mae'"),
         (
             TinyMIM(),
             {"mae": CARD.model_copy(update={"mask": MaskSpec(kind="tube", ratio=0.75)})},
-            r"teacher 'mae' ran on its visible tokens only \(tube mask of 0\.75\).*extract the teacher without a mask",
+            r"teacher 'mae' saw only the tokens that its mask tube:0\.75 left.*store it without --teacher-mask: "
+            r"set objective.teacher=mae-2 and add it: hdcache extract .* --tap block4.attn_in$",
         ),
         (
             TinyMIM(softmax=False),
@@ -438,7 +468,12 @@ def test_student_block_that_is_not_there() -> None:
         ),
         (TinyMIM(), {}, {"grid": (8, 4)}, r"img_size=\[32, 16\]"),
         (TinyMIM(), {}, {"prefix_tokens": 5}, "4x4 patch . 5 prefix tokens; set objective.tokens=patches"),
-        (TinyMIM(), {}, {"slots": 8}, "has 4x4 patch .* and teacher 'mae' 8 slots of 4x4.*networks of as many frames"),
+        (
+            TinyMIM(),
+            {},
+            {"slots": 8},
+            "has 4x4 patch .* but teacher 'mae' 8 slots of 4x4.*both need clips of the same number of frames",
+        ),
         (
             TinyMIM(masked_input=0.01),
             {},
@@ -451,14 +486,31 @@ def test_student_block_that_is_not_there() -> None:
             {},
             r"objective\.reconstruction\.decoder_heads 3",
         ),
-        (TinyMIM(strategy="feature"), {}, {"grid": (8, 8)}, "strategy 'feature' compares token with token"),
+        (
+            TinyMIM(strategy="feature"),
+            {},
+            {"grid": (8, 8)},
+            "tokens are compared one by one, .*--img-size 16 --tap block4.out$",
+        ),
         (
             TinyMIM(heads=5),
             {},
             {},
-            "5 heads do not divide the width 32 of teacher 'mae'; set objective.heads to a divisor",
+            "5 heads do not divide the width 32 of teacher 'mae'; set objective.heads=null for the teacher's own 4, or "
+            "objective.heads to a divisor of 32 and 24$",
         ),
-        (TinyMIM(), {"embed_dim": 30}, {}, "4 heads do not divide the width 30 of the student"),
+        (
+            TinyMIM(),
+            {"embed_dim": 30},
+            {},
+            "4 heads do not divide the width 30 of the student; set objective.heads to a div",
+        ),
+        (
+            TinyMIM(),
+            {"depth": 1},
+            {},
+            "relations of block 1 alone would train no block of the student; give it at least 2",
+        ),
         (TinyMIM(), {"qk_norm": True}, {}, "block3 of the student normalises Q and K per head.*qk_norm=false"),
         (TinyMIM(strategy="class-token"), {}, {"class_token": False}, "needs a class token, which teacher 'mae' lacks"),
         (

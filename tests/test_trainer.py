@@ -467,8 +467,10 @@ class Recorder:
         self.steps: list[float] = []
         self.weights: list[bytes] = []
 
-    def __call__(self, student: nn.Module, preprocessing: Preprocessing, last_trained: str) -> dict[str, float]:
-        assert (preprocessing.size, last_trained) == (32, "block2.out")
+    def __call__(
+        self, student: nn.Module, preprocessing: Preprocessing, last: str, pool: str, stride: int
+    ) -> dict[str, float]:
+        assert (preprocessing.size, last, pool, stride) == (32, "block2.out", "cls", 1)
         weight: torch.Tensor = student.get_parameter("blocks.0.attn.qkv.weight")
         self.weights.append(weight.detach().numpy().tobytes())
         return {"block2.out": float(weight.detach().double().sum()), "block1.out": 50.0}
@@ -568,7 +570,7 @@ import os, sys
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
 recipe, out, store = sys.argv[1:]
-def monitor(student, preprocessing, last_trained):
+def monitor(student, preprocessing, last_trained, pool_trained, stride):
     print("measured by rank", os.environ["RANK"], flush=True)
     return {"final": float(next(student.parameters()).detach().sum())}
 distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=1, monitor=monitor)

@@ -29,8 +29,10 @@ from hdcache.distill.run import distill
 from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageError
 from hdcache.evaluate.embed import centre_view, embed
 from hdcache.evaluate.run import knn_eval
-from hdcache.extract.run import ExtractSummary, extract
+from hdcache.extract.engine import Pipeline
+from hdcache.extract.run import SHARD_PIXELS, ExtractSummary, extract, shard_size
 from hdcache.info import describe_store, format_store
+from hdcache.integrity import verify
 from hdcache.loader import Loader
 from hdcache.options import Options
 from hdcache.reader import TeacherReader, read_geometry
@@ -40,7 +42,7 @@ from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
 from hdcache.target_sources import open_targets
 from hdcache.teachers import reload_teacher
-from hdcache.video import Video
+from hdcache.video import Video, starts_afresh
 from hdcache.views import PRESETS, draw, draw_frames, parse_views
 
 COUNT = 40
@@ -613,3 +615,181 @@ def test_a_student_of_clips_is_trained_and_scored_at_its_stride(videos: str, tmp
     scored = knn_eval(tmp_path / "r", videos, ks=[1], threads=2, device="cpu")
     assert (scored["stride"], scored["model"]["pool"], scored["train"]["embedded"]) == (3, "mean", VIDEOS - len(BAD))
     assert scored["train"]["failed"].keys() == BAD.keys()
+
+
+# Where decoding may start
+
+
+@pytest.fixture(scope="module")
+def refreshed(folder: Path) -> bytes:
+    """H.264 without key frames but the first: pictures are renewed column by column (periodic intra refresh)."""
+    KINDS["refresh.mp4"] = ("libx264", "mp4", {"x264-params": "intra-refresh=1:keyint=10:min-keyint=10"})
+    return write_video(folder / "refresh.mp4", kind="refresh.mp4")
+
+
+def test_intra_refresh_is_no_place_to_start(refreshed: bytes) -> None:
+    """The container marks its recovery points as key frames; pictures there are not whole yet."""
+    with av.open(io.BytesIO(refreshed)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0) if packet.size) >= 3
+    expected = all_frames(refreshed)
+    video = Video(refreshed)
+    assert video._keys == [0]
+    for index in range(COUNT):
+        np.testing.assert_array_equal(np.asarray(video.frames([index])[index]), expected[index])
+
+
+@settings(max_examples=20, deadline=None)
+@given(wanted=st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4), kind=st.sampled_from(["mp4", "refreshed"]))
+def test_a_frame_does_not_depend_on_its_company(mp4: bytes, refreshed: bytes, wanted: list[int], kind: str) -> None:
+    video = Video({"mp4": mp4, "refreshed": refreshed}[kind])
+    together = video.frames(wanted)
+    for index in wanted:
+        assert together[index].tobytes() == video.frames([index])[index].tobytes()
+
+
+def test_frames_far_apart_are_read_from_key_frames_of_their_own(mp4: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    decoded = Video._decoded
+    monkeypatch.setattr(Video, "_decoded", lambda self, start: started.append(start) or decoded(self, start))
+    video = Video(mp4)
+    video.frames([1, 2, COUNT - 1])
+    assert started == [0, video._keys[-1]]
+
+
+AVCC = b"\x01\x64\x00\x0a\xff"
+
+
+def unit(header: int, payload: bytes = b"\x80") -> bytes:
+    return (1 + len(payload)).to_bytes(4) + bytes([header]) + payload
+
+
+@pytest.mark.parametrize(
+    ("packet", "afresh"),
+    [
+        (unit(0x65), True),
+        (unit(0x41), False),
+        (unit(0x06, b"\x06\x01\xc4\x80") + unit(0x41), True),
+        (unit(0x06, b"\x06\x01\x84\x80") + unit(0x41), False),
+        (unit(0x06, b"\x06\x02\x34\x40\x80") + unit(0x41), False),
+        (unit(0x06, b"\x05\xff\x01" + bytes(256) + b"\x06\x01\xc4\x80") + unit(0x41), True),
+        (b"", False),
+        (b"\xff\xff\xff\xff\x65", True),
+        (unit(0x06, b"\x06"), False),
+    ],
+    ids=[
+        "IDR",
+        "not IDR",
+        "exact at once",
+        "not exact",
+        "after frames",
+        "second message",
+        "empty",
+        "cut",
+        "no message",
+    ],
+)
+def test_where_h264_starts_afresh(packet: bytes, afresh: bool) -> None:
+    assert starts_afresh(packet, "h264", AVCC) is afresh
+    bare = packet.replace(packet[:4], b"\x00\x00\x00\x01", 1) if packet.count(packet[:4]) == 1 and packet else b""
+    if afresh and bare:
+        assert starts_afresh(bare, "h264", b"")
+
+
+def test_where_hevc_and_others_start_afresh() -> None:
+    hvcc = bytes([1, *[0] * 20, 0xFF])
+    for kind, afresh in ((1, False), (16, True), (19, True), (20, True), (21, True), (24, False), (39, False)):
+        assert starts_afresh(unit(kind << 1), "hevc", hvcc) is afresh
+    assert starts_afresh(b"", "vp9", b"")
+
+
+@settings(max_examples=200)
+@given(
+    packet=st.binary(max_size=60),
+    extradata=st.sampled_from([b"", AVCC, AVCC[:3]]),
+    codec=st.sampled_from(["h264", "hevc"]),
+)
+def test_any_bytes_have_an_answer(packet: bytes, extradata: bytes, codec: str) -> None:
+    assert starts_afresh(packet, codec, extradata) in (True, False)
+
+
+def test_frames_that_are_too_large_are_refused_before_they_are_decoded(
+    mp4: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Video, "_decoded", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48)
+    assert Video(mp4).count == COUNT
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 - 1)
+    with pytest.raises(UnreadableImage, match="frames of 64x48 pixels, more than the 3,071 that are allowed"):
+        Video(mp4)
+
+
+# Refusals that come later than the views
+
+
+def test_views_that_no_video_is_long_enough_for_can_be_corrected(videos: str, tmp_path: Path) -> None:
+    """What only calibration can know leaves a store without a teacher, and that may be made with other views."""
+    with pytest.raises(InputNotFound, match=r"none of 20 videos could be read; .* use a smaller stride \(\?stride="):
+        run(videos, tmp_path / "s", views="videomae?frames=4&stride=50")
+    assert not Store.open(tmp_path / "s").begun
+    run(videos, tmp_path / "s", rows_per_shard=4)
+    assert Store.open(tmp_path / "s").card.views == parse_views(VIEWS)
+    assert Store.open(tmp_path / "s").card.rows_per_shard < 8
+    with pytest.raises(StoreMismatch, match=r"made with other settings \(views.stride"):
+        run(videos, tmp_path / "s", views="videomae?frames=4&stride=2")
+
+
+def test_recorded_frames_that_a_video_does_not_have(dataset: Dataset, clip_store: Path) -> None:
+    store = Store.open(clip_store)
+    geometry, digests = read_geometry(store, 0)
+    row = next(i for i, numbers in enumerate(geometry) if numbers[6])
+    numbers = geometry[row].copy()
+    numbers[-4:] += 1000
+    with pytest.raises(
+        StoreMismatch, match=r"frame 1\d+ is recorded, but the video has \d+ frames; run 'hdcache verify'"
+    ):
+        open_sample(
+            open_dataset(store.card.dataset.spec),
+            store.ids[numbers[0]],
+            store.card.views,
+            0,
+            (numbers, digests[row].tobytes()),
+        )
+
+
+def test_pixels_that_are_held_at_once_are_bounded() -> None:
+    """16 frames of 224 pixels: 2.4 MB a row."""
+    row = 3 * 16 * 224 * 224
+    assert shard_size(100_000, 256, row) * row <= SHARD_PIXELS
+    assert shard_size(100_000, 256, row) == 104
+    assert shard_size(100_000, 256, 3 * 224 * 224) == 256
+    assert shard_size(100_000, 256, 10**9) == 8
+
+
+def test_extraction_decodes_one_shard_at_a_time_where_memory_is_short(
+    videos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Callable[[Path], dict[str, bytes]]
+) -> None:
+    shards: list[int] = []
+    decode = Pipeline._decode
+
+    def counted(self: Pipeline, pool: Any, view: int, entries: Any) -> Any:
+        futures = decode(self, pool, view, entries)
+        shards.append(sum(1 for _ in futures))
+        return futures
+
+    monkeypatch.setattr(Pipeline, "_decode", counted)
+    held: list[int] = []
+    forward = Pipeline._forward
+
+    def seen(self: Pipeline, writer: Any, shard: int, rows: Any) -> Any:
+        held.append(len(shards) - len(held))
+        return forward(self, writer, shard, rows)
+
+    monkeypatch.setattr(Pipeline, "_forward", seen)
+    run(videos, tmp_path / "a")
+    assert max(held) == 2
+    shards.clear(), held.clear()
+    monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "1000")
+    run(videos, tmp_path / "b")
+    assert max(held) == 1
+    assert tree(tmp_path / "a").keys() == tree(tmp_path / "b").keys()
+    assert verify(Store.open(tmp_path / "b")).good

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from hdcache.errors import UnreadableImage, UsageError
-from hdcache.schema import ViewSpec
-from hdcache.views import PRESETS, center_box, draw, draw_frames, parse_views, render, row_order
+from hdcache.schema import Preprocessing, ViewSpec
+from hdcache.views import PRESETS, center_box, check_input, draw, draw_frames, parse_views, render, row_order, vary
 
 sides = st.one_of(st.integers(1, 12), st.integers(1, 20_000))
 shares = st.floats(1e-6, 1)
@@ -265,3 +267,22 @@ def test_row_order_is_a_permutation_of_its_own_for_each_view() -> None:
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(50))
     assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["random-resized-crop", "multi-scale-crop", "center-crop", "resize"])
+def test_views_vary_where_two_of_them_differ(kind: Any, flip: float) -> None:
+    spec = ViewSpec(kind=kind, flip=flip)
+    assert vary(spec) == (len({draw(spec, "a", view, 60, 40) for view in range(20)}) > 1)
+
+
+def test_the_advice_for_another_number_of_frames_knows_whether_there_is_a_store() -> None:
+    """Views of a store are fixed; without one they are simply chosen."""
+    views, network = parse_views("videomae"), Preprocessing(size=16, frames=4)
+    with pytest.raises(UsageError) as bare:
+        check_input(views, network, "the student")
+    assert str(bare.value).endswith("; use --views 'videomae?frames=4', or a network of 16 frames")
+    with pytest.raises(
+        UsageError, match=r"of 16 frames \(the views of x\.hdc are fixed: extract to another --store\)$"
+    ):
+        check_input(views, network, "the student", Path("x.hdc"))

@@ -14,6 +14,7 @@ import pytest
 from hdcache.arrays import ShardWriter
 from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.extract.writer import Row, ViewWriter, is_recorded, write_once
+from hdcache.integrity import verify
 from hdcache.reader import TeacherReader, read_geometry, read_shard_geometry
 from hdcache.store import Store
 from hdcache.views import row_order
@@ -118,6 +119,25 @@ def test_a_retry_replaces_a_shard_only_where_it_mends_something(writer: ViewWrit
     assert writer.ledger.receipt(1).failed == {9: "torn"}  # type: ignore[union-attr]
     assert write(writer, 1, 3) > 0
     assert writer.todo() == []
+
+
+def test_a_kill_during_a_retry_leaves_no_false_receipt(writer: ViewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects are overwritten one by one; a receipt of what they were must be gone before."""
+    complete(writer, failed={9: "torn"})
+    monkeypatch.setattr(writer.ledger, "record", lambda _: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        write(writer, 1, 2)
+    monkeypatch.undo()
+    assert not writer.ledger.sealed
+    assert writer.ledger.receipt(1) is None
+    assert verify(writer.store).faults == []
+    # The images cannot be read again: what is sealed now is what was written now.
+    assert write(writer, 1, 3, {9: "torn", 10: "gone"}) > 0
+    writer.seal()
+    assert verify(writer.store).faults == []
+    assert writer.ledger.manifest().failed == {9: "torn", 10: "gone"}
+    values = TeacherReader(writer.store, "t").rows(1, "final", 8, 16)["values"]
+    assert (values == 3).all()
 
 
 def test_recorded_geometry_survives_a_row_that_cannot_be_read_any_more(writer: ViewWriter) -> None:

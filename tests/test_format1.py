@@ -1,0 +1,125 @@
+"""A store of the first release of format 1: read, trained from, extended, never rewritten.
+
+``data/format1.zip`` holds what commit bd6ab19 wrote: 24 small pictures, one view, a teacher ``plain`` (klt) and a teacher
+``normed`` with normalised queries and keys (fp16), each beside its checkpoint. Its records have none of the fields that
+came later.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hdcache.distill.run import distill
+from hdcache.distill.settings import Recipe
+from hdcache.errors import StoreMismatch
+from hdcache.extract.run import ExtractSummary, extract
+from hdcache.info import describe_store
+from hdcache.integrity import verify
+from hdcache.reader import TeacherReader, read_geometry
+from hdcache.schema import ViewSpec
+from hdcache.store import Store
+from hdcache.teachers import reload_teacher
+
+IDENTITIES = {
+    "plain": "777cc0ec5652494b44d5872e3989a8019a64b49c0c6749e38a8a77458f9cbc71",
+    "normed": "00d5226c27f54014975f861da71f0fa38d71043656a770a1413b39690943b2b0",
+}
+MANIFESTS = {
+    "plain": "9a10a5aace1cf27289855be76720d210a18fc0fe516cf2f66f2a071acf069bf7",
+    "normed": "0987c9812b6894623c9b8bab51cedff3cd5300749c111bdcf3abfeacdbea338f",
+}
+SETTINGS: dict[str, Any] = {
+    "views": "supervised", "view_seed": 5, "precision": "fp32", "batch": 4, "rows_per_shard": 8, "device": "cpu",
+    "threads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """The folder with the store, its data and its checkpoints."""
+    with zipfile.ZipFile(Path(__file__).parent / "data" / "format1.zip") as archive:
+        archive.extractall(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def spec(old: Path, name: str) -> str:
+    size = "img_size=16&patch_size=8&embed_dim=8&depth=2&num_heads=2" + "&qk_norm=true" * (name == "normed")
+    return f"{name}=timm:vit_tiny_patch16_224?checkpoint={old / name}.safetensors&{size}"
+
+
+def repeat(old: Path, name: str, store: str = "store.hdc", **changes: Any) -> ExtractSummary:
+    """The command that made the teacher."""
+    own = {"encoding": "fp16", "taps": ["block1.qkv"]} if name == "normed" else {"taps": ["block2.attn_in", "final"]}
+    settings = SETTINGS | own | changes
+    return extract(f"npz:{old / 'images.npz'}", store=old / store, teachers=[spec(old, name)], **settings)
+
+
+def test_it_opens_and_verifies_with_the_digests_that_it_had(old: Path) -> None:
+    store = Store.open(old / "store.hdc")
+    found = verify(store)
+    assert (found.faults, found.unsealed, found.unlisted) == ([], [], [])
+    assert found.objects > 30
+    geometry, digests = read_geometry(store, 0)
+    assert (geometry.shape, digests.shape) == ((24, 8), (24, 32))
+    for name, identity in IDENTITIES.items():
+        reader = TeacherReader(store, name)
+        assert reader.record.identity_digest() == identity
+        assert reader.manifest(0).digest() == MANIFESTS[name]
+        assert reader.record.card.mask is None
+    assert describe_store(store)["teachers"]
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_the_same_command_changes_nothing(old: Path, name: str, tree: Callable[[Path], dict[str, bytes]]) -> None:
+    """Also for a teacher whose card would now hold a field that the record lacks."""
+    before = tree(old / "store.hdc")
+    summary = repeat(old, name)
+    assert summary.teachers[name]["rows_written"] == 0
+    after = tree(old / "store.hdc")
+    assert {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= {
+        ".lock",
+        f".{name}.lock",
+    }
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_another_view_is_added_and_another_network_is_not(old: Path, name: str) -> None:
+    repeat(old, name, num_views=2)
+    store = Store.open(old / "store.hdc")
+    assert verify(store).faults == []
+    reader = TeacherReader(store, name)
+    assert store.views(name) == [0, 1]
+    assert reader.manifest(0).digest() == MANIFESTS[name]
+    assert reader.manifest(1).identity == IDENTITIES[name]
+    with pytest.raises(StoreMismatch, match=r"card\.mask: the store has None, asked was \{'kind': 'random'"):
+        repeat(old, name, teacher_mask="random:0.5")
+    assert reload_teacher(reader.record, spec(old, name).partition("=")[2]).card.qk_norm == (name == "normed")
+
+
+def test_a_new_store_is_spelled_as_it_was(old: Path) -> None:
+    """Fields that came later are left out where they say what older stores did."""
+    for name, identity in IDENTITIES.items():
+        assert repeat(old, name, "new").teachers[name]["identity"] == identity or name == "normed"
+    for key in ("zarr.json", "samples/receipt.json", "views/0/manifest.json"):
+        assert (old / "new" / key).read_bytes() == (old / "store.hdc" / key).read_bytes(), key
+    fields = Store.open(old / "new").teacher("plain").model_dump(mode="json")
+    then = Store.open(old / "store.hdc").teacher("plain").model_dump(mode="json")
+    assert fields["card"] == then["card"]
+    assert "mask" not in fields["card"]
+    assert "frames" not in fields["views"]
+    assert ViewSpec(frames=4, stride=1).model_dump(exclude_defaults=True) == {"frames": 4}
+
+
+def test_a_student_is_trained_from_it(old: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]) -> None:
+    changes = {"student.arguments": {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}}
+    result = distill(
+        small_recipe(), out=tmp_path / "run", store=old / "store.hdc", data=f"npz:{old / 'images.npz'}", device="cpu",
+        overrides={"objective.teacher": "plain", "batch_size": 8} | changes, threads=2,
+    )  # fmt: skip
+    assert torch.isfinite(torch.tensor(result["loss"]))
