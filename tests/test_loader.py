@@ -559,7 +559,9 @@ def test_a_batch_without_a_readable_image_is_an_error(copy: Path) -> None:
     """A data set that went away is not a run that quietly trains on nothing."""
     loader = without_store(copy)
     shutil.rmtree(copy / "data")
-    with pytest.raises(InputNotFound, match=r"no image of a whole batch could be read; the first: [ab]/\d\d.png: "):
+    with pytest.raises(
+        InputNotFound, match=r"none of the images of a whole batch could be read; the first: [ab]/\d\d.png: "
+    ):
         list(loader.epoch(0))
     assert_no_threads()
 

@@ -18,6 +18,7 @@ from hdcache.schema import (
     StoreCard,
     StoredObject,
     TapCard,
+    TapRequest,
     TeacherCard,
     TeacherRecord,
     ViewSpec,
@@ -106,6 +107,38 @@ def test_records_survive_json(made: Any) -> None:
         type(made).parse(json.loads(made.canonical()) | {"nosuch": 1}, "x")
     with pytest.raises(ValidationError, match="frozen"):
         setattr(made, next(iter(type(made).model_fields)), 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "changes"),
+    [
+        (ViewSpec(), {"frames": 4, "stride": 2}),
+        (Preprocessing(size=16), {"frames": 4}),
+        (TeacherCard.model_validate(TEACHER), {"slots": 2, "qk_norm": True, "classes": 3, "mask": {"kind": "tube", "ratio": 0.5, "seed": 0}}),
+        (TapRequest(tap="logits", encoding="topk"), {"top_k": 5}),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_fields_that_came_later_are_spelled_where_they_say_something(old: Any, changes: dict[str, Any]) -> None:
+    """Each alone too: a record of the first release is read with defaults, and keeps its digest."""
+    assert changes.keys() == old.ADDED
+    spelled = json.loads(old.canonical())
+    assert not spelled.keys() & old.ADDED
+    assert type(old).parse(spelled, "x") == old
+    for some in ({name: value} for name, value in changes.items()):
+        new = type(old).parse(spelled | some, "x")
+        assert json.loads(new.canonical()) == spelled | some
+        assert new.digest() != old.digest()
+        assert type(old).parse(spelled | {name: type(old).model_fields[name].default for name in some}, "x") == old
+
+
+def test_a_card_that_lacks_what_its_network_tells() -> None:
+    live = TeacherCard.model_validate(TEACHER | {"qk_norm": True, "classes": 7, "slots": 2})
+    old = TeacherCard.model_validate(TEACHER)
+    told = old.told_by(live)
+    assert (told.qk_norm, told.classes, told.slots) == (True, 7, 1), "slots decide what is stored"
+    other = TeacherCard.model_validate(TEACHER | {"classes": 5})
+    assert other.told_by(live).classes == 5, "what is recorded is compared"
 
 
 @pytest.mark.parametrize("value", [None, 3, [], "x", [[]]])
