@@ -97,7 +97,9 @@ def extract(as_json: bool, quiet: bool, verbose: int, data: str | None, **settin
 @click.option(
     "--knn-layers", multiple=True, help="final, blockN.out or all; repeat for several.  [default: the last trained one]"
 )
-@click.option("--knn-stride", type=int, help="Of the clips that a video student is shown.  [default: that of its training]")
+@click.option(
+    "--knn-stride", type=int, help="Of the clips that a video student is shown.  [default: that of its training]"
+)
 @output
 def distill(
     as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequence[str], knn_train: str | None,
