@@ -261,22 +261,23 @@ class AMD(Objective):
                 f"{self.teacher_mask_ratio:g} ({', '.join(sorted(fitting))}); set objective.teacher=NAME"
             )
         if not fitting:
-            raise UsageError(self._missing(asked, cards))
+            raise self._missing(asked, cards)
         return next(iter(fitting.items()))
 
-    def _missing(self, asked: Mapping[str, TeacherCard], cards: Mapping[str, TeacherCard]) -> str:
+    def _missing(self, asked: Mapping[str, TeacherCard], cards: Mapping[str, TeacherCard]) -> UsageError:
         """Why none of these teachers will do, and the command that adds one."""
         found = [f"{name} with {mask_name(card.mask)}" for name, card in sorted(asked.items())]
         known = same_network(asked)
         card = None if known is None else asked[known]
         clips = any(each.preprocessing.frames is not None for each in ([card] if card is not None else asked.values()))
         kind = self._kind(clips)
-        name = "NAME" if known is None else free_name(known, kind, cards)
-        command = teacher_fit.extract_command(name, self._flags(kind, known or "", card))
-        return (
+        name = "NAME" if known is None else free_name(known, self.teacher_mask_ratio, cards)
+        adding = teacher_fit.add("and add it", name, self._flags(kind, known or "", card))
+        return teacher_fit.Misfit(
             f"no teacher was run with objective.teacher_mask_ratio {self.teacher_mask_ratio:g} under {kind} masks "
             f"({', '.join(found) or 'there is none'}); with --online and no store give --teacher-mask "
-            f"{kind}:{self.teacher_mask_ratio:g}, else set objective.teacher={name} and add it: {command}"
+            f"{kind}:{self.teacher_mask_ratio:g}, else set objective.teacher={name} {adding}",
+            of=known,
         )
 
     def _flags(self, kind: MaskKind, name: str = "", card: TeacherCard | None = None) -> str:

@@ -29,10 +29,11 @@ def same_network(cards: Mapping[str, TeacherCard]) -> str | None:
     return min(among) if len({card.weights for card in among.values()}) == 1 else None
 
 
-def free_name(name: str, kind: str, taken: Mapping[str, TeacherCard]) -> str:
-    """``name-kind``, or with a number after it where that is taken."""
-    endings = itertools.chain([kind], (f"{kind}{number}" for number in itertools.count(2)))
-    return next(free for ending in endings if (free := f"{name}-{ending}") not in taken)
+def free_name(name: str, ratio: float, taken: Mapping[str, TeacherCard]) -> str:
+    """``name-75`` for a mask of ratio 0.75, or with a number after it where that is taken."""
+    wanted = f"{name}-{100 * ratio:g}"
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(free for ending in endings if (free := wanted + ending) not in taken)
 
 
 def check_layouts(student: nn.Module, name: str, card: TeacherCard) -> None:
@@ -43,12 +44,12 @@ def check_layouts(student: nn.Module, name: str, card: TeacherCard) -> None:
     if (own.grid, own.slots, given) == (theirs.grid, theirs.slots, frames):
         return
     sides = [rows * int(p) for rows, p in zip(theirs.grid, embed.patch_size, strict=True)]
-    settings = [f"img_size={sides[0] if sides[0] == sides[1] else sides}"]
+    settings = [f"img_size={sides[0] if sides[0] == sides[1] else sides}"] if own.grid != theirs.grid else []
     if frames is None and given is not None:
         # Of networks of clips alone; a tubelet without frames cannot be built.
         settings += ["frames=null", "tubelet=null"]
     elif frames is not None:
-        settings.append(f"frames={frames}")
+        settings += [f"frames={frames}"] if frames != given else []
         if (tubelet := frames // theirs.slots) != getattr(embed, "tubelet", TUBELET):
             settings.append(f"tubelet={tubelet}")
     raise UsageError(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from hdcache.distill.settings import Recipe
+from hdcache.distill.teacher_fit import Misfit
 from hdcache.errors import UsageError
 from hdcache.schema import MaskSpec, TeacherCard
 from hdcache.store import Store
@@ -76,38 +77,44 @@ def reads_teachers(recipe: Recipe) -> bool:
 
 @contextmanager
 def commands_of(store: Store | None) -> Iterator[None]:
-    """Complete the commands in messages from inside: the store's path, and the models of teachers that it knows.
+    """Complete the commands in messages from inside: the store's path, its views, and a model where a loss names it.
 
-    Of two ways out the one is left that is there: with a store, or with live teachers alone.
+    Only a loss knows whether it means a known network once more (:class:`~hdcache.distill.teacher_fit.Misfit`). Of
+    two ways out the one is left that is there: with a store, or with live teachers alone.
     """
     try:
         yield
     except UsageError as error:
-        message = _WAYS.sub(r"\g<live>" if store is None else r"\g<stored>", str(error))
+        live, of = (error.live, error.of) if isinstance(error, Misfit) else (None, None)
+        message = str(error) if store is not None or live is None else live
+        message = _WAYS.sub(r"\g<live>" if store is None else r"\g<stored>", message)
         if store is None:
             message = _LIVE.sub(r"or give \1 too", message)
         else:
-            message = _COMMAND.sub(lambda match: _completed(match, store), message)
+            message = _COMMAND.sub(lambda match: _completed(match, store, of), message)
         raise UsageError(message) from None
 
 
-# As the losses spell it; a known teacher is stored again under its name and an ending.
+# As the losses spell it.
 _COMMAND = re.compile(r"hdcache extract --store STORE --teacher (?P<name>\S+)=MODEL(?P<sized> --img-size)?")
-_LIVE = re.compile(r"or add it: hdcache extract --store STORE (--teacher \S+=MODEL).*$")
+_LIVE = re.compile(r"or add it(?: \([^)]*\))?: hdcache extract --store STORE (--teacher \S+=MODEL).*$")
 _WAYS = re.compile(r"with --online and no store (?P<live>[^,]+), else (?P<stored>.+)$")
 
 
-def _completed(match: re.Match[str], store: Store) -> str:
+def _completed(match: re.Match[str], store: Store, of: str | None) -> str:
+    """The command; ``of`` is the stored teacher whose network it runs once more."""
     name, model, options = match["name"], "MODEL", match["sized"] or ""
-    known = name.rpartition("-")[0]
-    if known in store.teachers() and name not in store.teachers():
-        record = store.teacher(known)
+    if of is not None and of in store.teachers():
+        record = store.teacher(of)
         model = record.source or model
         if not options:
             unmasked = record.card.model_copy(update={"mask": None})
             options = as_extracted(record.model_copy(update={"card": unmasked}))
     teacher = shlex.quote(f"{name}={model}")
-    return f"hdcache extract --store {shlex.quote(str(store.path))} --teacher {teacher}{options}"
+    # A run reads the views that all of its teachers have.
+    views = max((len(store.views(other)) for other in store.teachers()), default=0)
+    more = f" --num-views {views}" if views > 1 else ""
+    return f"hdcache extract --store {shlex.quote(str(store.path))}{more} --teacher {teacher}{options}"
 
 
 def named_teachers(

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from hdcache.batch import Batch
 
 
+FLAGS = teacher_fit.flags(("logits",))
+"""Options of ``hdcache extract`` that store what the loss reads."""
+
+
 class SoftLabelHead(nn.Module):
     """The student's classifier, and the teacher that it learns from."""
 
@@ -91,7 +95,7 @@ class Logits(Objective):
             raise UsageError(
                 f"objective 'logits' needs the class probabilities of teacher {name!r}, which was run without a "
                 f"classifier; set objective.teacher={name}-2 and add it, from a checkpoint that has one: "
-                f"{teacher_fit.extract_command(f'{name}-2', teacher_fit.flags(('logits',)))}"
+                f"{teacher_fit.extract_command(f'{name}-2', FLAGS)}"
             )
         if self.hard_labels and num_classes != classes:
             raise UsageError(
@@ -127,6 +131,16 @@ class Logits(Objective):
 
     def _teacher(self, cards: Mapping[str, TeacherCard]) -> str:
         # Other teachers of the store may have been run without a classifier.
-        able = {name: card for name, card in cards.items() if card.classes} or cards
-        among = able if self.teacher is None else cards
-        return teacher_fit.choose_teachers({"": self.teacher}, among, {"": teacher_fit.flags(("logits",))})[""]
+        able = {name: card for name, card in cards.items() if card.classes}
+        if self.teacher is None and not able and len(cards) > 1:
+            names = ", ".join(sorted(cards))
+            raise teacher_fit.Misfit(
+                f"objective.teacher is null, and none of the {len(cards)} teachers ({names}) was run with a classifier; set "
+                "objective.teacher=NAME and add it, from a checkpoint that has one: "
+                f"{teacher_fit.extract_command('NAME', FLAGS)}",
+                # Teachers in the loop are loaded without their classifiers until one is chosen.
+                live=f"objective.teacher is null, which needs exactly one teacher, but there are {len(cards)} ({names}); "
+                "set objective.teacher=NAME",
+            )
+        among = (able or cards) if self.teacher is None else cards
+        return teacher_fit.choose_teachers({"": self.teacher}, among, {"": FLAGS})[""]

@@ -9,6 +9,7 @@ the student lives in the module that ``build`` returns; that module is thrown aw
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,7 +62,12 @@ class Objective(Record):
         for name in fields:
             default = type(self).model_fields[name].get_default()
             if getattr(self, name) != default:
-                raise ValueError(f"{name} is set, but {reader} does not read it; set {name} to {json.dumps(default)}")
+                # The value may be the recipe's own, which the user never saw.
+                text = default if isinstance(default, str) else json.dumps(default)
+                raise ValueError(
+                    f"{reader} does not read {name}, which is not at its default; for that add "
+                    f"--set {shlex.quote(f'objective.{name}={text}')}"
+                )
 
     def parts(self) -> tuple[str, ...]:
         """Names of the loss's parts: the keys that :meth:`loss` returns and that a recipe's ``weights`` may have."""

@@ -25,17 +25,17 @@ from hdcache import draws
 from hdcache.backbones import save_student
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.changes import merge, nested_changes, validated
-from hdcache.distill.fresh_views import choose_views
 from hdcache.distill.live import choose_teachers, commands_of
 from hdcache.distill.ranks import join_ranks, leave_ranks, rank_device
 from hdcache.distill.recipes import get_recipe, recipe_from_file
+from hdcache.distill.run_views import choose_views
 from hdcache.distill.settings import Recipe
 from hdcache.distill.student import build_student, student_input
 from hdcache.distill.trainer import Monitor, Outcome, autocast_precision, train
 from hdcache.durable import durable_write
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.loader import Loader
-from hdcache.options import Options
+from hdcache.options import Options, Trained
 from hdcache.resources import available_cores
 from hdcache.schema import MaskSpec, ViewSpec
 from hdcache.store import Store, write_lock
@@ -85,8 +85,8 @@ def distill(
         without a store: how views are drawn (None: as the objective asks, else by the data set) and how many distinct
         ones, where the objective does not draw fresh ones; with one: how many of its views to use.
     monitor, monitor_every
-        measures the student before the first step, after every ``monitor_every`` epochs and at the end, for
-        ``metrics.jsonl``; the k-NN one is ``hdcache.evaluate.monitor.knn_monitor``. Training is the same without it.
+        called with (student, its input, :class:`~hdcache.options.Trained`) before the first step, after every
+        ``monitor_every`` epochs and at the end; what it returns, layer -> percent, is in ``metrics.jsonl``. The k-NN one is ``hdcache.evaluate.monitor.knn_monitor``. Training is the same without it.
 
     Returns
     -------
@@ -121,6 +121,7 @@ def distill(
         )
     student = build_student(plan.student, plan.seed)
     last_trained, pool = plan.objective.last_trained(num_blocks(student)), plan.objective.pool_trained()
+    trained = Trained(last_trained, pool, spec.stride)
     generator = torch.Generator().manual_seed(draws.integer_seed(plan.seed, "heads"))
     with commands_of(opened):
         heads = plan.objective.build(student, cards, len(dataset.card.classes), generator)
@@ -171,7 +172,7 @@ def distill(
         outcome, averaged = train(
             plan, plan.objective, student, heads, loader, folder,
             device=where, ranks=ranks, about=about, publish=publish, quiet=quiet,
-            measure=monitor and (lambda model: monitor(model, options.preprocessing, last_trained, pool, spec.stride)), measure_every=monitor_every,
+            measure=monitor and (lambda model: monitor(model, options.preprocessing, trained)), measure_every=monitor_every,
         )  # fmt: skip
         finished = folder / "run.json"
         if outcome.steps == outcome.resumed_at and finished.is_file():
@@ -196,11 +197,18 @@ def header(recipe: Recipe, loader: Loader, device: torch.device, folder: Path, n
     elif not loader.views:
         views = f"a new view ({name}) in each epoch"
     else:
-        views = f"{len(loader.views)} {'views' if loader.store is None else 'stored views'} ({name})"
+        stored = "" if loader.store is None else "stored "
+        views = f"{counted(len(loader.views), f'{stored}view')} ({name})"
     return (
-        f"{recipe.name}: {len(loader.ids):,} images, {views}, {steps:,} steps of {recipe.batch_size} in {recipe.epochs} epochs, "
+        f"{recipe.name}: {len(loader.ids):,} {loader.dataset.card.noun}, {views}, {counted(steps, 'step')} of {recipe.batch_size} "
+        f"in {counted(recipe.epochs, 'epoch')}, "
         f"peak learning rate {recipe.peak_lr():.3g}, {autocast_precision(recipe, device) or torch.float32} on {device}, to {folder}\n"
     )
+
+
+def counted(number: int, what: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None) -> Recipe:
@@ -256,9 +264,13 @@ def identity(
     live: Mapping[str, Teacher],
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one that was stopped."""
+    seals = {view: loader.seals(view) for view in loader.views}
     manifests = {
-        reader.name: {str(view): reader.manifest(view).digest() for view in loader.views} for reader in loader.readers
+        reader.name: {str(view): seals[view][reader.name].digest() for view in loader.views}
+        for reader in loader.readers
     }
+    # Without a teacher the recorded views decide the rows: those of a run that reads teachers are in its manifests.
+    recorded = {str(view): found[""].digest() for view, found in seals.items() if "" in found}
     return {
         "recipe": recipe.model_dump(mode="json", exclude={"log_every", "save_every_epochs", "save_every_minutes"}),
         "dataset": dataset.card.fingerprint,
@@ -269,6 +281,7 @@ def identity(
         "teachers": {name: teacher.card.model_dump(mode="json") for name, teacher in live.items() if store is None},
         "views": loader.spec.model_dump(mode="json"),
         "num_views": len(loader.views),
+        **({"recorded_views": recorded} if recorded else {}),
     }
 
 
@@ -313,7 +326,7 @@ def format_run(result: Mapping[str, Any]) -> str:
         f"{result['samples_per_second']:,.0f} samples/s, {100 * result['wait_share']:.0f} % of the time waiting for data; last loss {loss}\n"
         f"frozen features are best read at {result['last_trained']}, the last layer that training reached\n"
         + (
-            f"{len(result['dropped'])} images could not be read and were left out (run.json names them)\n"
+            f"{len(result['dropped'])} {'videos' if result['data']['kind'] == 'video' else 'images'} could not be read and were left out (run.json names them)\n"
             if result["dropped"]
             else ""
         )

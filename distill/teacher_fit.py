@@ -14,6 +14,18 @@ from hdcache.taps import attention_of, parse_tap
 from hdcache.targets import sources
 
 
+class Misfit(UsageError):
+    """A teacher that does not fit, for whoever knows more of the store than the loss does.
+
+    ``live`` is the message where there is no store to add a teacher to (None: the same), ``of`` the teacher whose
+    network the printed command runs once more (None: another network, which only the user knows).
+    """
+
+    def __init__(self, message: str, *, live: str | None = None, of: str | None = None) -> None:
+        super().__init__(message)
+        self.live, self.of = live, of
+
+
 def choose_teachers(
     named: Mapping[str, str | None], cards: Mapping[str, TeacherCard], needed: Mapping[str, str]
 ) -> dict[str, str]:
@@ -31,8 +43,8 @@ def choose_teachers(
     there = ", ".join(sorted(cards)) or "none"
     commands = " and ".join(f"{field}=NAME" for field in fields)
     if fields and not cards:
-        adding = " and ".join(extract_command("NAME", needed[part]) for part, name in named.items() if name is None)
-        raise UsageError(f"{' and '.join(fields)} not given, and there is no teacher; add one: {adding}")
+        adding = " and ".join(add("", "NAME", needed[part]) for part, name in named.items() if name is None)
+        raise UsageError(f"{' and '.join(fields)} not given, and there is no teacher; add one{adding}")
     if fields and len(named) > 1:
         raise UsageError(
             f"{' and '.join(fields)} not given, and nothing says which teacher is meant; "
@@ -61,7 +73,7 @@ def missing(field: str, name: str, cards: Mapping[str, TeacherCard], needed: str
         hint = "there is none"
     elif hint.startswith("did you mean"):
         hint += f" The teachers are {', '.join(sorted(cards))}"
-    return UsageError(f"{field}: no teacher {name!r}; {hint}; or add it: {extract_command(name, needed)}")
+    return UsageError(f"{field}: no teacher {name!r}; {hint}; or {add('add it', name, needed)}")
 
 
 def flags(targets: Iterable[str]) -> str:
@@ -75,6 +87,12 @@ def extract_command(name: str, needed: str) -> str:
     return f"hdcache extract --store STORE --teacher {name}=MODEL {needed}".rstrip()
 
 
+def add(words: str, name: str, needed: str) -> str:
+    """``words`` and the command after them; a remark in brackets at the end of ``needed`` goes before the command."""
+    options, bracket, remark = needed.partition("(")
+    return f"{words}{f' ({remark}' if bracket else ''}: {extract_command(name, options.rstrip())}"
+
+
 def three_quarters(depth: int) -> int:
     """The block (1-based) at three quarters of ``depth``, half a block rounded up."""
     return max(1, int(0.75 * depth + 0.5))
@@ -83,9 +101,14 @@ def three_quarters(depth: int) -> int:
 def whole_images(name: str, card: TeacherCard, part: str, targets: Sequence[str]) -> None:
     """Refuse a teacher that saw only some of its tokens: it has no target for the others."""
     if card.mask is not None:
-        raise UsageError(
+        found = (
             f"teacher {name!r} saw only the tokens that its mask {card.mask.kind}:{card.mask.ratio:g} left, but every token "
-            f"is compared; store it without --teacher-mask: {_again(name, part, targets)}"
+            "is compared"
+        )
+        raise Misfit(
+            f"{found}; store it without --teacher-mask: {_again(name, part, targets)}",
+            live=f"{found}; leave --teacher-mask out",
+            of=name,
         )
 
 
@@ -146,17 +169,20 @@ def same_grid(
             )
         if own.grid == theirs.grid:
             continue
-        ways = [
-            f"store the teacher at {_pixels(own, card.patch_size)} pixels: "
-            + _again(name, part, targets[name], f"--img-size {_pixels(own, card.patch_size)} ")
-        ]
+        pixels = _pixels(own, card.patch_size)
+        again = _again(name, part, targets[name], f"--img-size {pixels} ")
+        stored, live = f"store the teacher at {pixels} pixels: {again}", f"give a teacher that reads {pixels} pixels"
         if own.grid[0] != own.grid[1]:
             # Extraction knows square inputs only.
-            ways = ["give the student a square student.arguments.img_size"]
+            stored = live = "give the student a square student.arguments.img_size"
+        alike, student_side = "", _pixels(theirs, int(model.patch_embed.patch_size[0]))
         if len({layout.grid for layout in layouts.values()}) == 1:
-            ways.insert(0, f"set student.arguments.img_size={_pixels(theirs, int(model.patch_embed.patch_size[0]))}")
-        raise UsageError(
-            f"tokens are compared one by one, but the student has {own} and teacher {name!r} {theirs}; {', or '.join(ways)}"
+            alike = f"set student.arguments.img_size={student_side}"
+        found = f"tokens are compared one by one, but the student has {own} and teacher {name!r} {theirs}; "
+        raise Misfit(
+            found + (f"{alike}, or {stored}" if alike else stored),
+            live=found + (alike or live),
+            of=name,
         )
 
 

@@ -27,13 +27,14 @@ from hdcache.distill.settings import Recipe
 from hdcache.distill.state import Position, load_state, save_state
 from hdcache.distill.student import set_drop_paths
 from hdcache.loader import Loader
+from hdcache.options import Trained
 from hdcache.progress import Progress
 from hdcache.schema import Preprocessing
 from hdcache.teachers import choose_precision
 
-Monitor = Callable[[nn.Module, Preprocessing, str, str, int], dict[str, float]]
-"""Called with (student, its input, the deepest layer that training reaches, how its tokens are pooled); returns layer ->
-accuracy in percent, and leaves the student and its mode as they were."""
+Monitor = Callable[[nn.Module, Preprocessing, Trained], dict[str, float]]
+"""Called with (student, its input, :class:`~hdcache.options.Trained`); returns layer -> accuracy in percent, and leaves the
+student and its mode as they were."""
 
 
 class Step(nn.Module):

@@ -138,6 +138,8 @@ def embed_layers(
     failed: dict[str, str] = {}
     model, was_training = backbone.model.to(device), backbone.model.training
     model.eval()
+    if progress is not None:
+        progress(0, len(dataset.ids))  # the work begins: a rate counts from here
     try:
         rendered = _render_ahead(dataset, backbone.preprocessing, spec, readers, 2 * batch_size)
         while batch := list(islice(rendered, batch_size)):

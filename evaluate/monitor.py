@@ -13,6 +13,7 @@ from hdcache.errors import UsageError
 from hdcache.evaluate.embed import FRACTION, Features, check_pool, embed_layers
 from hdcache.evaluate.run import chosen_layers, classify, open_labelled
 from hdcache.evaluate.vote import TEMPERATURE, check_settings
+from hdcache.options import Trained
 from hdcache.schema import Preprocessing
 
 NEIGHBOURS = 20
@@ -31,8 +32,8 @@ def knn_monitor(
     stride: int | None = None,
     batch_size: int = 64,
     threads: int | None = None,
-) -> Callable[..., dict[str, float]]:
-    """What ``distill`` calls with (student, its input, its last trained layer, its pooling, its stride): layer -> top-1.
+) -> Callable[[nn.Module, Preprocessing, Trained], dict[str, float]]:
+    """What ``distill`` calls with (student, its input, how it trains): layer -> top-1.
 
     The data sets are opened here, once; the student is scored as :func:`hdcache.evaluate.run.knn_eval` scores a
     written one, in percent, on the device where it is, in evaluation mode, and comes back in the mode it had. No random number is
@@ -64,20 +65,14 @@ def knn_monitor(
                 f"read and are left out; the first: {name}: {reason}\n"
             )
 
-    def measure(
-        student: nn.Module,
-        preprocessing: Preprocessing,
-        last_trained: str,
-        pool_trained: str = "cls",
-        trained_stride: int | None = None,
-    ) -> dict[str, float]:
+    def measure(student: nn.Module, preprocessing: Preprocessing, trained: Trained) -> dict[str, float]:
         chosen = chosen_layers(student, layers)
         check_pool(student, pool)
         # Only what embedding reads; a student in training has no name and no fixed weights yet.
-        backbone = Backbone(student, "the student", {}, preprocessing, "", "", "", last_trained, pool_trained)
+        backbone = Backbone(student, "the student", {}, preprocessing, "", "", "", trained.last_trained, trained.pool)
         device = str(next(student.parameters()).device)
 
-        shown = stride if stride is not None or preprocessing.frames is None else trained_stride
+        shown = stride if stride is not None or preprocessing.frames is None else trained.stride
 
         def features(which: int) -> tuple[Features, ...]:
             return embed_layers(

@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import numpy as np
+import torch
 
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.encodings import Encoder
@@ -30,7 +32,7 @@ from hdcache.records import differences
 from hdcache.rendering import input_shape
 from hdcache.resources import available_cores
 from hdcache.schema import MaskSpec, StoreCard, TapCard, TapRequest, TeacherRecord, ViewSpec
-from hdcache.store import ROOT_LOCK, Store, write_lock
+from hdcache.store import ROOT_LOCK, Store
 from hdcache.tap_requests import request_all
 from hdcache.taps import check_readable, parse_tap
 from hdcache.targets import default_block
@@ -106,14 +108,16 @@ def extract(
     where = choose_device(device)
     workers = available_cores() if threads is None else threads
 
-    def prepare(spec: str, drawn: ViewSpec, fixed: Path | None = None) -> tuple[Teacher, list[TapRequest]]:
+    def prepare(
+        spec: str, drawn: ViewSpec, on: torch.device, fixed: Path | None = None
+    ) -> tuple[Teacher, list[TapRequest]]:
         teacher = load_teacher(
             spec,
             img_size=img_size,
             mask=teacher_mask,
             mask_seed=teacher_mask_seed,
             precision=precision,
-            device=where,
+            device=on,
             batch=batch,
             taps=list(taps),
         )
@@ -125,18 +129,26 @@ def extract(
 
     prepared: list[tuple[Teacher, list[TapRequest]]] = []
 
-    def prepare_all(drawn: ViewSpec) -> int:
-        prepared[:] = [prepare(spec, drawn) for spec in teachers]
-        return max(math.prod(input_shape(teacher.card.preprocessing)) for teacher, _ in prepared)
+    def check(spec: str, drawn: ViewSpec) -> int:
+        # Several teachers may not fit beside each other: each is looked at on the CPU, and loaded again for its turn.
+        alone = len(teachers) == 1
+        teacher, requests = prepare(spec, drawn, where if alone else torch.device("cpu"))
+        prepared.extend([(teacher, requests)] * alone)
+        return math.prod(input_shape(teacher.card.preprocessing))
+
+    def check_all(drawn: ViewSpec) -> int:
+        return max(check(spec, drawn) for spec in teachers)
 
     path = Path(store).expanduser()
-    dataset, opened = open_or_create(data, path, views, view_seed, rows_per_shard, prepare_all)
+    dataset, opened = open_or_create(data, path, views, view_seed, rows_per_shard, check_all)
     summary = ExtractSummary(str(opened.path))
-    for spec in teachers:
+
+    def take(spec: str) -> None:
+        """The turn of one teacher; its network is gone when this returns."""
         name = split_name(spec)[0]
         with opened.lock(name):
             known = opened.teacher(name) if name in opened.teachers() else None
-            teacher, requests = prepared.pop(0) if prepared else prepare(spec, opened.card.views, path)
+            teacher, requests = prepared.pop() if prepared else prepare(spec, opened.card.views, where, path)
             check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}", path)
             teacher = dataclasses.replace(teacher, batch=known.batch if known else batch)
             record, encoders = open_or_calibrate(
@@ -147,6 +159,9 @@ def extract(
             extract_views(pipeline, record, encoders, num_views, quiet=quiet)
             summary.failed |= pipeline.timing.failed
             summary.teachers[name] = account(opened, record, pipeline.timing, time.perf_counter() - started, num_views)
+
+    for spec in teachers:
+        take(spec)
     return summary
 
 
@@ -179,11 +194,14 @@ def open_or_create(
         check_views(asked, dataset.card)
         shard = shard_size(dataset.card.count, rows_per_shard, prepare(asked))
         card = StoreCard(dataset=dataset.card, views=asked, rows_per_shard=shard, rows_per_chunk=min(8, shard))
-        with write_lock(path / ROOT_LOCK):
+        path.mkdir(parents=True, exist_ok=True)
+        # Processes that make one store together wait for each other: the lock is held for moments.
+        with filelock.FileLock(path / ROOT_LOCK):
             # Another process may have been faster; its store is then held to the same settings.
             if (path / "zarr.json").is_file():
                 other = Store.open(path)
-                if other.card.views != asked or dataset_differences(dataset, other):
+                here = other.card.model_copy(update={"dataset": card.dataset})
+                if here != card or dataset_differences(dataset, other):
                     other.withdraw()
             if not (path / "zarr.json").is_file():
                 return dataset, Store.create(
@@ -205,7 +223,7 @@ def open_or_create(
     if views is not None or seed:
         found = store.card.views
         compared = asked if views is not None else found.model_copy(update={"seed": seed})
-        lines += differences(compared.model_dump(mode="json"), found.model_dump(mode="json"), "views")
+        lines += differences(compared.whole(), found.whole(), "views")
     if lines:
         raise StoreMismatch(
             f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
@@ -265,12 +283,12 @@ def open_or_calibrate(
         record, encoders = calibrate(store, dataset, teacher, requests, threads=threads, source=source)
         return write_record(store, teacher, record, encoders), encoders
     asked = {
-        "card": teacher.card.model_dump(mode="json"),
-        "requests": [entry.model_dump(mode="json") for entry in requests],
+        "card": teacher.card.whole(),
+        "requests": [entry.whole() for entry in requests],
         "dataset": store.card.dataset.fingerprint,
-        "views": store.card.views.model_dump(mode="json"),
+        "views": store.card.views.whole(),
     }
-    found = known.identity() | {"card": known.card.told_by(teacher.card).model_dump(mode="json")}
+    found = {key: known.whole()[key] for key in asked} | {"card": known.card.told_by(teacher.card).whole()}
     found["requests"] = sorted(found["requests"], key=lambda entry: str(entry["tap"]))
     lines = differences(asked, found)
     if lines:

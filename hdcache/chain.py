@@ -25,8 +25,9 @@ from torch import nn
 from hdcache import draws
 from hdcache.backbones import Backbone
 from hdcache.datasets import open_dataset
-from hdcache.distill.fresh_views import check_varied
+from hdcache.distill.live import commands_of, reads_teachers
 from hdcache.distill.run import distill, resolve
+from hdcache.distill.run_views import check_varied
 from hdcache.distill.settings import Recipe
 from hdcache.distill.state import saved_facts
 from hdcache.distill.student import build_student, student_input
@@ -46,6 +47,7 @@ from hdcache.views import default_views, parse_views
 
 # What a run may change when it goes on.
 FREE_FIELDS = {"log_every", "save_every_epochs", "save_every_minutes"}
+BEYOND = {"amd": "needs a teacher that is run under a mask", "logits": "needs the classifier of its teacher"}
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def plan_stages(
         try:
             plan = _for_teacher(recipe, {**overrides, **stage_overrides.get(number, {})}, teacher.name)
             student = build_student(plan.student, plan.seed)
-            taps = _needed_taps(plan, student, teacher, reach, num_classes)
+            with commands_of(None):  # no command adds a teacher to a chain
+                taps = _needed_taps(plan, student, teacher, reach, num_classes)
             name = check_name(f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', plan.name)}", "stage")
             if name == first.name:
                 raise UsageError(
@@ -279,11 +282,12 @@ def format_chain(result: Mapping[str, Any]) -> str:
 def _for_teacher(recipe: str | Path | Recipe, changes: Mapping[str, Any], teacher: str) -> Recipe:
     """The recipe with ``changes``, reading the teacher of that name."""
     plan = resolve(recipe, changes)
+    kind, named = plan.objective.kind, getattr(plan.objective, "teacher", None)
+    why = BEYOND.get(kind) or ("" if reads_teachers(plan) else "learns from no teacher in this recipe")
     if "teacher" not in type(plan.objective).model_fields:
-        raise UsageError(
-            f"objective {plan.objective.kind!r} has no single teacher to read; a chain takes objectives with one"
-        )
-    named = getattr(plan.objective, "teacher", None)
+        why = "has no single teacher to read"
+    if why:
+        raise UsageError(f"a chain cannot use objective {kind!r}, which {why}; run the stages one by one")
     if named not in (None, teacher):
         raise UsageError(f"objective.teacher is {named!r}, but this stage's teacher is {teacher!r}; set it to null")
     return resolve(recipe, {**changes, "objective.teacher": teacher})

@@ -199,7 +199,7 @@ def knn_eval(as_json: bool, quiet: bool, verbose: int, **settings: Any) -> None:
     bars: dict[str, Progress] = {}
 
     def advance(role: str, done: int, total: int) -> None:
-        bar = bars.setdefault(role, Progress(f"embed {role}", total, "images", quiet=quiet))
+        bar = bars.setdefault(role, Progress(f"embed {role}", total, "samples", quiet=quiet))
         bar.advance(done - bar.done)
         if done == total:
             bar.__exit__(None, None, None)

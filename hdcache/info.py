@@ -99,9 +99,11 @@ def format_store(facts: dict[str, Any]) -> str:
             f"{view} ({seal['rows']:,} rows{', ' + str(seal['failed']) + ' failed' if seal['failed'] else ''})"
             for view, seal in teacher["sealed_views"].items()
         )
+        frames = card["preprocessing"].get("frames")
+        clips = "" if frames is None else f"{frames} frames in {card.get('slots', 1)} slots, "
         lines += [
             "",
-            f"teacher   {name}: {card['architecture']} at {card['preprocessing']['size']} px, {card['grid'][0]}x{card['grid'][1]} patch "
+            f"teacher   {name}: {card['architecture']} at {card['preprocessing']['size']} px, {clips}{card['grid'][0]}x{card['grid'][1]} patch "
             f"+ {card['prefix_tokens']} prefix tokens, width {card['width']}, {card['heads']} heads, {card['precision']}",
             *([f"          {mask_text(teacher['mask'])}"] if teacher["mask"] else []),
             f"          from {teacher['source']}, licence {teacher['licence']}, id {teacher['identity'][:16]}",

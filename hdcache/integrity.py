@@ -173,17 +173,10 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int], None]
     that nothing lists.
     """
     result = Verification()
-    listed: dict[str, StoredObject] = {}
-    try:
-        samples = Receipt.parse(read_json(store.path / _SAMPLES), store.path / _SAMPLES)
-        listed |= {f"samples/{key}": value for key, value in samples.objects.items()}
-    except StoreCorrupt as error:
-        result.faults.append(str(error))
     records = {"zarr.json", _SAMPLES, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json"}
     for name in _folders(store.path / "teachers"):
         _check_teacher(store, name, result)
-    for key in _ledgers(store.path):
-        listed |= _check_ledger(store, Ledger(store.path, key), result)
+    listed = _listed(store, result)
     for key, expected in sorted(listed.items()):
         _check_object(store.path / key, expected, result, quick=quick)
         if progress is not None:
@@ -195,6 +188,19 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int], None]
             if key not in listed and key not in records and not own:
                 result.unlisted.append(key)
     return result
+
+
+def _listed(store: Store, result: Verification) -> dict[str, StoredObject]:
+    """Every object that a record lists, once, by its key; faults of the records are noted in ``result``."""
+    listed: dict[str, StoredObject] = {}
+    try:
+        samples = Receipt.parse(read_json(store.path / _SAMPLES), store.path / _SAMPLES)
+        listed |= {f"samples/{key}": value for key, value in samples.objects.items()}
+    except StoreCorrupt as error:
+        result.faults.append(str(error))
+    for key in _ledgers(store.path):
+        listed |= _check_ledger(store, Ledger(store.path, key), result)
+    return listed
 
 
 def _folders(path: Path) -> list[str]:
@@ -299,8 +305,5 @@ def _check_object(path: Path, expected: StoredObject, result: Verification, *, q
 
 
 def listed_bytes(store: Store) -> int:
-    """Bytes of all objects that sealed manifests list (what :func:`verify` reads, about)."""
-    total = 0
-    for path in store.path.glob("**/manifest.json"):
-        total += sum(entry.size for entry in Manifest.parse(read_json(path), path).objects.values())
-    return total
+    """Bytes of all that the store lists: what :func:`verify` counts while it reads."""
+    return sum(entry.size for entry in _listed(store, Verification()).values())

@@ -22,11 +22,11 @@ from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageE
 from hdcache.options import Options
 from hdcache.order import epoch_order, rank_slice
 from hdcache.photometric import apply_photometric, draw_photometric
-from hdcache.reader import MASK_ARRAY, TeacherReader, read_geometry
+from hdcache.reader import MASK_ARRAY, TeacherReader, geometry_manifest, read_geometry, sealed_geometry
 from hdcache.rendering import Pixels, Rendering, input_shape
 from hdcache.resources import memory_budget
 from hdcache.samples import Recorded
-from hdcache.schema import ViewSpec
+from hdcache.schema import Manifest, ViewSpec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.target_sources import RUN_ROWS, LiveTargets, Runs, StoredTargets
@@ -41,13 +41,13 @@ class Loader:
     dataset, views, ids, labels
         the samples, and how their views are drawn when ``store`` is None.
     store
-        replay the views that it recorded for its teachers (for all of them, where no target is read); needed for stored
-        targets.
+        replay the views that it recorded; needed for stored targets. Without any teacher, neither ``stored`` nor
+        ``teachers``, every row of them comes whose image could be read, whatever teachers the store has.
     stored, live
         where targets come from.
     num_views
-        distinct views to go through, one per epoch. None: with a store those that every stored teacher has sealed,
-        without one another view in each epoch.
+        distinct views to go through, one per epoch. None: with a store those that every teacher that is read has sealed
+        (all that are recorded, where none is), without one another view in each epoch.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Loader:
             for name in teachers
             if store is not None and name not in {r.name for r in self.readers}
         ]
-        if store is not None and not self.readers and not options.fresh:
-            # What reads no target still sees the views that the store's teachers saw, so that students can be compared.
-            self.readers = [TeacherReader(store, name) for name in store.teachers() if store.views(name)]
+        # What reads no target still sees the views that were recorded, so that students can be compared. They belong to no
+        # teacher: which ones the store has, or gets later, changes nothing.
+        self._replays = store is not None and (bool(self.readers) or not options.fresh)
         self.views = self._usable_views(num_views)
         self._geometry: dict[int, tuple[NDArray[np.int32], NDArray[np.uint8]]] = {}
         self.waited = 0.0
@@ -112,29 +112,36 @@ class Loader:
     def _usable_views(self, wanted: int | None) -> list[int]:
         if wanted is not None and wanted < 1:
             raise UsageError(f"num_views {wanted} must be at least 1")
-        if self.store is None or not self.readers:
+        if self.store is None or not self._replays:
             return list(range(wanted or 0))
-        sealed = [set(self.store.views(reader.name)) for reader in self.readers]
-        common = sorted(set.intersection(*sealed))
+        sealed = {reader.name: set(self.store.views(reader.name)) for reader in self.readers}
+        common = sorted(set.intersection(*sealed.values()) if sealed else sealed_geometry(self.store))
         if not common or (wanted is not None and len(common) < wanted):
-            names = ", ".join(
-                f"{reader.name}: {sorted(views) or 'none'}" for reader, views in zip(self.readers, sealed, strict=True)
-            )
+            found = f"complete are {common or 'none'}"
+            if sealed:
+                names = ", ".join(f"{name}: {sorted(views) or 'none'}" for name, views in sealed.items())
+                found = f"complete in every teacher are {common or 'none'} (sealed: {names})"
             raise InputNotFound(
-                f"{self.store.path}: {wanted or 1} views asked for, complete in every teacher are {common or 'none'} (sealed: {names}); "
+                f"{self.store.path}: {wanted or 1} views asked for, {found}; "
                 f"finish with 'hdcache extract --store {self.store.path} --num-views {wanted or 1} ...'"
             )
         return common[:wanted]
 
     def rows(self, view: int) -> NDArray[np.int64]:
-        """Rows of a view that every teacher holds, ascending."""
+        """Rows of a view that every teacher holds, ascending; without a teacher, those whose image could be read."""
         good = np.ones(len(self.ids), bool)
-        for reader in self.readers:
-            good[list(reader.manifest(view).failed)] = False
+        for seal in self.seals(view).values():
+            good[list(seal.failed)] = False
         found = np.flatnonzero(good)
         if not len(found):
             raise InputNotFound(f"no row of view {view} is usable: every one failed in extraction")
         return found
+
+    def seals(self, view: int) -> dict[str, Manifest]:
+        """What decides the rows of a view, by teacher; that of its geometry, under no name, where no teacher is read."""
+        if self.store is not None and self._replays and not self.readers:
+            return {"": geometry_manifest(self.store, view)}
+        return {reader.name: reader.manifest(view) for reader in self.readers}
 
     def batches_per_epoch(self, epoch: int = 0) -> int:
         """Global batches of an epoch."""
@@ -226,7 +233,7 @@ class Loader:
                     pool.shutdown(wait=False, cancel_futures=True)
 
     def _table(self, view: int) -> tuple[tuple[NDArray[np.int32], NDArray[np.uint8]] | None, NDArray[np.int64]]:
-        if self.store is None or not self.readers:
+        if self.store is None or not self._replays:
             return None, row_order(len(self.ids), self.spec.seed, view)
         if view not in self._geometry:
             self._geometry = {view: read_geometry(self.store, view)}

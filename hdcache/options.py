@@ -1,4 +1,4 @@
-"""What a loader yields and in which order."""
+"""What a loader yields and in which order; what is known of a student that trains on it."""
 
 from __future__ import annotations
 
@@ -51,3 +51,15 @@ class Options:
             )
         if self.batch_size < self.world:
             raise UsageError(f"batch size {self.batch_size} is smaller than the {self.world} processes that share it")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a student trains, for those who measure it on the way: where and how its frozen features are best read."""
+
+    last_trained: str
+    """The deepest layer that training reaches."""
+    pool: str = "cls"
+    """How its tokens are pooled: cls or mean."""
+    stride: int | None = None
+    """Frames from one to the next in the clips of its training; still images have 1."""

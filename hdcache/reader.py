@@ -18,7 +18,7 @@ from hdcache.integrity import teacher_ledger, view_ledger
 from hdcache.masks import check_tubes, unpack_visible, visible_count
 from hdcache.records import check_key
 from hdcache.schema import ArrayCard, Manifest, StoredObject, TeacherCard, TeacherRecord
-from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
+from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view
 from hdcache.taps import Tokens, parse_tap
 
 MASK_ARRAY = "mask/visible"
@@ -184,15 +184,42 @@ class TeacherReader:
         return sum(int(np.prod(card.shape)) * np.dtype(card.dtype).itemsize for card in cards + masks)
 
 
+def sealed_geometry(store: Store) -> list[int]:
+    """Views whose geometry is sealed, ascending, whichever teachers have rows of them."""
+    found = (store.path / "views").glob("*/manifest.json")
+    return sorted(int(path.parent.name) for path in found if is_view(path.parent.name))
+
+
+def geometry_manifest(store: Store, view: int) -> Manifest:
+    """The seal of a view's geometry; ``failed`` are the rows whose image could not be read.
+
+    Raises
+    ------
+    InputNotFound
+        when the view is not sealed.
+    StoreCorrupt
+        when the seal is of something else.
+    """
+    ledger = view_ledger(store, view)
+    if not ledger.sealed:
+        raise InputNotFound(f"{store.path}: view {view} is not complete; run the same 'hdcache extract' command again")
+    manifest, count = ledger.manifest(), store.card.dataset.count
+    if (manifest.teacher, manifest.view, manifest.rows) != ("", view, count) or not all(
+        0 <= row < count for row in manifest.failed
+    ):
+        raise StoreCorrupt(
+            f"{ledger.folder}/manifest.json: seals {manifest.rows} rows of {manifest.teacher or 'the views'}/{manifest.view}, "
+            f"not the {count} of view {view}; copy the store again"
+        )
+    return manifest
+
+
 def read_geometry(store: Store, view: int, pipeline: str | None = None) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """The rows of a view: int32 [rows, columns], and sha256 uint8 [rows, 32] of the sources.
 
     The columns are those of :func:`~hdcache.store.geometry_columns`. A row whose image could not be read has a source width of 0.
     """
-    ledger = view_ledger(store, view)
-    if not ledger.sealed:
-        raise InputNotFound(f"{store.path}: view {view} is not complete; run the same 'hdcache extract' command again")
-    listed: dict[str, StoredObject] = dict(ledger.manifest().objects)
+    listed: dict[str, StoredObject] = dict(geometry_manifest(store, view).objects)
     count, shard = store.card.dataset.count, store.card.rows_per_shard
     columns = geometry_columns(store.card.views)
     geometry = ArrayReader(

@@ -16,6 +16,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    SerializationInfo,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -27,6 +28,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 KEY = re.compile(r"[A-Za-z0-9._@/-]{1,512}")
 # A row beyond this is no feature; it bounds what a hostile record can make a reader allocate.
 MAX_VALUES = 1 << 32
+WHOLE = {"whole": True}
+"""The context in which records are dumped with every field."""
 
 
 class Record(BaseModel):
@@ -37,6 +40,10 @@ class Record(BaseModel):
     def canonical(self) -> bytes:
         """The one JSON spelling of this record: sorted keys, no spaces, UTF-8."""
         return canonical_json(self.model_dump(mode="json"))
+
+    def whole(self) -> dict[str, Any]:
+        """Every field as JSON, those that :class:`GrownRecord` leaves out of its spelling too: for messages, to be compared."""
+        return self.model_dump(mode="json", context=WHOLE)
 
     def digest(self) -> str:
         """sha256 of :meth:`canonical`, hexadecimal."""
@@ -62,7 +69,9 @@ class GrownRecord(Record):
     """Names of those fields."""
 
     @model_serializer(mode="wrap")
-    def _spelled(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _spelled(self, spell: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        if info.context == WHOLE:
+            return dict(spell(self))
         fields = type(self).model_fields
         silent = {name for name in self.ADDED if getattr(self, name) == fields[name].default}
         return {name: value for name, value in spell(self).items() if name not in silent}

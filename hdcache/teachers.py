@@ -247,7 +247,7 @@ def reload_teacher(record: TeacherRecord, spec: str | None = None, device: str |
         taps=list(record.taps),
         mask=card.mask,
     )
-    lines = differences(teacher.card.model_dump(mode="json"), card.told_by(teacher.card).model_dump(mode="json"))
+    lines = differences(teacher.card.whole(), card.told_by(teacher.card).whole())
     if lines:
         raise StoreMismatch(
             f"teacher {record.name}: {spec or record.source} is not the network that the store was made with "

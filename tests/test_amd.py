@@ -26,6 +26,7 @@ from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe, StudentSpec
 from hdcache.errors import UsageError
 from hdcache.masks import draw_visible
+from hdcache.options import Trained
 from hdcache.schema import MaskSpec, Preprocessing, TeacherCard
 from hdcache.taps import Tokens, forward_taps
 
@@ -126,27 +127,27 @@ def test_the_teacher_with_the_right_mask_is_found() -> None:
         (
             {"teacher": "b"},
             {"mae": card(), "sup": card()},
-            r"^objective.teacher: no teacher 'b'; choose from: mae, sup; or add it: hdcache extract --store STORE --teacher b=MODEL "
-            r"--teacher-mask random:0\.5 --tap blockM.out --tap blockN.out \(M: its middle block, N: its last\)$",
+            r"^objective.teacher: no teacher 'b'; choose from: mae, sup; or add it \(M: its middle block, N: its last\): hdcache extract "
+            r"--store STORE --teacher b=MODEL --teacher-mask random:0\.5 --tap blockM.out --tap blockN.out$",
         ),
         ({"teacher": "b", "teacher_blocks": (2,)}, {"mae": card()}, r"--teacher-mask random:0\.5 --tap block2\.out$"),
         (
             {},
             {"mae": card(mask=None)},
             r"no teacher was run with objective\.teacher_mask_ratio 0\.5 under random masks \(mae with no mask\); with --online "
-            r"and no store give --teacher-mask random:0\.5, else set objective\.teacher=mae-random and add it: hdcache extract "
-            r"--store STORE --teacher mae-random=MODEL --teacher-mask random:0\.5 --tap block2\.out --tap block4\.out$",
+            r"and no store give --teacher-mask random:0\.5, else set objective\.teacher=mae-50 and add it: hdcache extract "
+            r"--store STORE --teacher mae-50=MODEL --teacher-mask random:0\.5 --tap block2\.out --tap block4\.out$",
         ),
         (
             {},
-            {name: card(mask=MaskSpec(kind="random", ratio=0.25), weights="1") for name in ("mae", "mae-random")}
+            {name: card(mask=MaskSpec(kind="random", ratio=0.25), weights="1") for name in ("mae", "mae-50")}
             | {"clip": card(mask=None)},
-            r"objective\.teacher=mae-random2 and add it: .* --teacher mae-random2=MODEL --teacher-mask random:0\.5 ",
+            r"objective\.teacher=mae-50-2 and add it: .* --teacher mae-50-2=MODEL --teacher-mask random:0\.5 ",
         ),
         (
             {},
             {"a": card(mask=None), "b": card(mask=None, weights="1")},
-            r"set objective\.teacher=NAME and add it: .* --teacher NAME=MODEL --teacher-mask random:0\.5 --tap blockM\.out",
+            r"set objective\.teacher=NAME and add it \(M: .*\): .* --teacher NAME=MODEL --teacher-mask random:0\.5 --tap blockM\.out",
         ),
         (
             {},
@@ -423,8 +424,8 @@ def test_both_ratios_are_required() -> None:
     [
         ({}, IMAGE, {"grid": (8, 8)}, r"student has 4x4 patch .*teacher 'mae' 8x8 patch .*arguments\.img_size=32$"),
         ({}, IMAGE, {"grid": (8, 4)}, r"img_size=\[32, 16\]"),
-        ({}, VIDEO, {"slots": 4, "frames": 8}, r"2 slots of 4x4.*4 slots of 4x4.*img_size=16, student\.arguments\.frames=8"),
-        ({"mask": "tube"}, IMAGE, {"slots": 4, "frames": 8}, r"img_size=16, student\.arguments\.frames=8"),
+        ({}, VIDEO, {"slots": 4, "frames": 8}, r"2 slots of 4x4.*4 slots of 4x4.*; set student\.arguments\.frames=8"),
+        ({"mask": "tube"}, IMAGE, {"slots": 4, "frames": 8}, r"; set student\.arguments\.frames=8"),
         ({"mask": "tube"}, VIDEO, {"frames": None}, r"student\.arguments\.frames=null, student\.arguments\.tubelet=null$"),
         ({"student_blocks": (2, 9)}, IMAGE, {}, "student_blocks has 9, but the student has 3 blocks; choose from 1 to 3"),
         ({"student_blocks": (2,)}, IMAGE, {}, r"at block2\.out, block4\.out, the student at block2\.out: .* the same length"),
@@ -465,7 +466,7 @@ def test_what_a_store_without_the_mask_is_told_to_do_works(tmp_path: Path, tiny_
     student = StudentSpec(architecture="vit_tiny_patch16_224", arguments=arguments)
     recipe = Recipe(name="amd-test", objective=AMD(**SMALL), student=student, epochs=1, batch_size=8, lr=1e-3)
     store = shutil.copytree(tiny_store, tmp_path / "store")
-    with pytest.raises(UsageError, match=r"t with no mask\); set objective\.teacher=t-random and add it: ") as caught:
+    with pytest.raises(UsageError, match=r"t with no mask\); set objective\.teacher=t-50 and add it: ") as caught:
         distill(recipe, out=tmp_path / "run", store=store, device="cpu")
     assert not (tmp_path / "run").exists()
     advised, _, command = str(caught.value).rpartition(" and add it: ")
@@ -475,12 +476,12 @@ def test_what_a_store_without_the_mask_is_told_to_do_works(tmp_path: Path, tiny_
     field, _, name = advised.rpartition("; set ")[2].partition("=")
     pools: list[str] = []
 
-    def monitor(_: object, __: object, ___: str, pool: str, *more: object) -> dict[str, float]:
-        pools.append(pool)
+    def monitor(_: object, __: object, trained: Trained) -> dict[str, float]:
+        pools.append(trained.pool)
         return {}
 
     settings: dict[str, Any] = {"store": store, "device": "cpu", "overrides": {field: name}, "monitor": monitor}
     result = distill(recipe, out=tmp_path / "run", **settings)
-    assert result["targets"] == {"t-random": ["block1.out", "block3.out"]}
+    assert result["targets"] == {"t-50": ["block1.out", "block3.out"]}
     # The class token is not trained where frozen features are read.
     assert set(pools) == {result["pool_trained"], load_backbone(str(tmp_path / "run")).pool_trained} == {"mean"}

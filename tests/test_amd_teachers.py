@@ -10,6 +10,7 @@ from torch import nn
 from hdcache.backbones import create_vit
 from hdcache.distill.amd_teachers import check_layouts, free_name, mask_name, same_network
 from hdcache.errors import UsageError
+from hdcache.records import check_name
 from hdcache.schema import MaskSpec, Preprocessing, TeacherCard
 
 HALF = MaskSpec(kind="random", ratio=0.5)
@@ -56,11 +57,12 @@ def test_the_network_that_is_meant(cards: dict[str, TeacherCard], expected: str 
     assert same_network(cards) == expected
 
 
-def test_a_suggested_name_is_free_and_ends_in_one_piece() -> None:
-    """The run finds the model of a known teacher before the last hyphen."""
-    assert free_name("mae-l", "random", {"mae-l": card()}) == "mae-l-random"
-    taken = {name: card() for name in ("mae", "mae-random", "mae-random2")}
-    assert free_name("mae", "random", taken) == "mae-random3"
+def test_a_suggested_name_is_free_and_tells_the_ratio() -> None:
+    assert free_name("mae-l", 0.75, {"mae-l": card()}) == "mae-l-75"
+    assert free_name("mae", 0.125, {}) == check_name("mae-12.5", "teacher")
+    taken = {name: card() for name in ("mae", "mae-75", "mae-75-2")}
+    assert free_name("mae", 0.75, taken) == "mae-75-3"
+    assert free_name("mae", 0.9, taken) == "mae-90"
 
 
 def test_masks_are_named_as_on_the_command_line() -> None:
@@ -71,12 +73,12 @@ def test_masks_are_named_as_on_the_command_line() -> None:
     ("arguments", "teacher", "expected"),
     [
         ({}, {"size": 32}, {"img_size": "32"}),
-        ({"frames": 4}, {"frames": 8, "slots": 4}, {"img_size": "16", "frames": "8"}),
-        ({"frames": 4}, {"frames": 8, "slots": 2}, {"img_size": "16", "frames": "8", "tubelet": "4"}),
+        ({"frames": 4}, {"frames": 8, "slots": 4}, {"frames": "8"}),
+        ({"frames": 4}, {"frames": 8, "slots": 2}, {"frames": "8", "tubelet": "4"}),
         # As many slots, of other frames: the student could not be shown the teacher's clips.
-        ({"frames": 2, "tubelet": 1}, {"frames": 4, "slots": 2}, {"img_size": "16", "frames": "4", "tubelet": "2"}),
-        ({}, {"frames": 3, "slots": 3}, {"img_size": "16", "frames": "3", "tubelet": "1"}),
-        ({"frames": 4, "tubelet": 4}, {}, {"img_size": "16", "frames": "null", "tubelet": "null"}),
+        ({"frames": 2, "tubelet": 1}, {"frames": 4, "slots": 2}, {"frames": "4", "tubelet": "2"}),
+        ({}, {"frames": 3, "slots": 3}, {"frames": "3", "tubelet": "1"}),
+        ({"frames": 4, "tubelet": 4}, {}, {"frames": "null", "tubelet": "null"}),
     ],
 )
 def test_the_arguments_that_are_advised_fit(

@@ -191,12 +191,20 @@ REFUSED: dict[str, tuple[Mapping[str, Any], type[HdcacheError], str]] = {
         r"its whole student, with objective\.strategy=feature for instance$",
     ),
     "views without chance": (
-        {"recipes": ["sdssl-cached-final-tiny"], "stage_overrides": {}, "views": "center"},
+        {
+            "recipes": ["sdssl-cached-final-tiny"],
+            "stage_overrides": {1: {"jitter": None, "second_jitter": None}},
+            "views": "center",
+        },
         UsageError,
-        r"recipe 'sdssl-cached-final-tiny' draws new views .* these \(center-crop, flip 0\) are always the same; with another "
+        r"recipe 'sdssl-cached-final-tiny' draws new views .* these \(center-crop, flip 0, jitter null\) are always the same; with another "
         "--store give --views supervised",
     ),
-    "no teacher read": ({"recipes": ["tinymim-tiny", "mae-tiny"], "stage_overrides": {}}, UsageError, "stage 2 .*objective 'mae' has no single teacher"),
+    "no teacher read": ({"recipes": ["tinymim-tiny", "mae-tiny"], "stage_overrides": {}}, UsageError, "stage 2 .*: a chain cannot use objective 'mae', which has no single teacher to read; run the stages one by one$"),
+    "a masked teacher": ({"recipes": ["amd-image-tiny"], "stage_overrides": {}}, UsageError, r"stage 1 \(amd-image-tiny\): a chain cannot use objective 'amd', which needs a teacher that is run under a mask; run the stages one by one$"),
+    "a classifier": ({"recipes": ["tinymim-tiny", "logits-tiny"], "stage_overrides": {}}, UsageError, "stage 2 .*objective 'logits', which needs the classifier of its teacher; run the stages one by one$"),
+    "an online loss": ({"recipes": ["sdssl-mocov3-tiny"], "stage_overrides": {}}, UsageError, "stage 1 .*objective 'sdssl', which learns from no teacher in this recipe; run the stages one by one$"),
+    "another grid": ({"stage_overrides": {1: {"objective.strategy": "feature", "student.arguments.img_size": 64}}}, UsageError, r"stage 1 .* tokens are compared one by one, .*; set student.arguments.img_size=32$"),
     "other teacher": (
         {"stage_overrides": {2: {"objective.teacher": "mae"}}},
         UsageError,

@@ -108,7 +108,7 @@ def test_another_kind_of_objective_keeps_nothing_of_the_old_one() -> None:
         ),
         (
             {"objective": {"heads": 4, "strategy": "feature"}},
-            "objective: heads is set, but strategy 'feature' does not read it",
+            "objective: strategy 'feature' does not read heads, which is not at its default",
         ),
         ({"student": {"drop_path": 1.0}}, "student.drop_path: Input should be less than 1"),
         ({"min_lr": float("inf")}, "min_lr: Input should be a finite number"),

@@ -47,6 +47,31 @@ def quick(small_recipe: Make) -> Recipe:
     return small_recipe(epochs=1, warmup_epochs=0)
 
 
+def test_a_run_that_reads_no_target_goes_on_after_a_teacher_was_added(
+    data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The views are the store's: the resumed run ends with the weights of one that was never stopped."""
+    extract(data, store=tmp_path / "s", teachers=[f"a={tiny}"], taps=["final"], **EXTRACT)
+    sizes = {"student.arguments": STUDENT, "batch_size": 8, "warmup_epochs": 0, "epochs": 2, "save_every_epochs": 1}
+    recipe = get_recipe("supervised-tiny", sizes)
+    run(recipe, tmp_path / "whole", store=tmp_path / "s")
+    epoch = Loader.epoch
+
+    def stopped(self: Loader, number: int, start: int = 0) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return epoch(self, number, start)
+
+    monkeypatch.setattr(Loader, "epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run", store=tmp_path / "s")
+    monkeypatch.undo()
+    extract(data, store=tmp_path / "s", teachers=[f"b={tiny}&seed=1"], taps=["final"], **EXTRACT)
+    assert run(recipe, tmp_path / "run", store=tmp_path / "s")["resumed_at"] == 4
+    one, other = (load_backbone(str(tmp_path / name)).weights for name in ("whole", "run"))
+    assert one == other
+
+
 def test_a_monitor_runs_after_whole_epochs(tmp_path: Path, quick: Recipe) -> None:
     with pytest.raises(UsageError, match="monitor_every 0 must be at least 1 epoch"):
         run(quick, tmp_path / "a", store=tmp_path / "no-store", monitor=lambda *_: {}, monitor_every=0)

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,42 @@ def test_several_teachers_in_one_call(data: str, tmp_path: Path, tiny: str) -> N
     one = extract(data, store=tmp_path / "s", teachers=[f"a={tiny}", f"b={tiny}&seed=1"], **settings)
     assert sorted(one.teachers) == Store.open(tmp_path / "s").teachers() == ["a", "b"]
     assert one.teachers["a"]["identity"] != one.teachers["b"]["identity"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_network_is_there_at_a_time(
+    count: int, data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several are looked at on the CPU before the store is made, then loaded for their turn; one alone is loaded once."""
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> Teacher:
+        alive.append(sum(found() is not None for found in loaded))
+        teacher = load_teacher(*given, **more)
+        loaded.append(weakref.ref(teacher.backbone.model))
+        return teacher
+
+    monkeypatch.setattr("hdcache.extract.run.load_teacher", counted)
+    common = {"encoding": "fp32", "precision": "fp32", "rows_per_shard": 8, "batch": 8, "device": "cpu"}
+    teachers = [f"{name}={tiny}&seed={number}" for number, name in enumerate("abc"[:count])]
+    summary = extract(data, store=tmp_path / "s", teachers=teachers, **common)
+    assert list(summary.teachers) == list("abc"[:count])
+    assert alive == [0] * (1 if count == 1 else 2 * count)
+    assert all(found() is None for found in loaded)
+
+
+def test_a_store_that_nothing_was_written_to_takes_the_shards_that_are_asked_for(
+    data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdcache.extract.run.calibrate", lambda *_, **__: (_ for _ in ()).throw(UsageError("later")))
+    with pytest.raises(UsageError, match="later"):
+        run(data, tmp_path / "s", f"t={tiny}", rows_per_shard=40)
+    monkeypatch.undo()
+    run(data, tmp_path / "s", f"t={tiny}", rows_per_shard=4)
+    assert Store.open(tmp_path / "s").card.rows_per_shard == 4
+    run(data, tmp_path / "s", f"u={tiny}", rows_per_shard=8)
+    assert Store.open(tmp_path / "s").card.rows_per_shard == 4, "it holds rows now"
 
 
 def test_a_second_view_leaves_every_byte_of_the_first(data: str, tmp_path: Path, tiny: str, tree: Tree) -> None:
@@ -732,6 +769,41 @@ def test_two_processes_in_one_store(data: str, tmp_path: Path, tiny: str, tree: 
     assert first.returncode == 0
     assert manifests(run(data, tmp_path / "s", f"t={tiny}")) == manifests(whole)
     assert verify(Store.open(tmp_path / "s")).good
+
+
+TOGETHER = """
+import sys
+from hdcache.extract import run
+data, store, teacher = sys.argv[1:]
+made = run.Store.create
+def slow(*given, **more):
+    import time
+    time.sleep(1)
+    return made(*given, **more)
+run.Store.create = slow
+print("ready", flush=True)
+sys.stdin.readline()
+run.extract(data, store=store, teachers=[teacher], encoding="fp32", precision="fp32", rows_per_shard=8, batch=8, device="cpu")
+"""
+
+
+def test_processes_that_make_one_store_together_all_succeed(
+    data: str, tmp_path: Path, tiny: str, python: Python
+) -> None:
+    """Each waits while another makes it, then adds its teacher."""
+    started = [python(TOGETHER, data, tmp_path / "s", f"t{number}={tiny}&seed={number}") for number in range(3)]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=100)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    store = Store.open(tmp_path / "s")
+    assert [(name, store.views(name)) for name in store.teachers()] == [("t0", [0]), ("t1", [0]), ("t2", [0])]
+    assert verify(store).good
 
 
 @pytest.mark.parametrize("call", [1, 14, 33])

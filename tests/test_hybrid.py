@@ -451,7 +451,7 @@ def test_settings_that_contradict_each_other(changes: dict[str, Any], message: s
         (
             Hybrid(feature_teacher="clip", relation_teacher="l"),
             CARDS,
-            r"--teacher l=MODEL --tap blockN.attn_in \(N: three quarters of its blocks\)$",
+            r"add it \(N: three quarters of its blocks\): .*--teacher l=MODEL --tap blockN.attn_in$",
         ),
         (
             Hybrid(feature_teacher="clip", relation_teacher="l", relation_blocks=(2, 3), student_blocks=(1, 2)),

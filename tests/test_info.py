@@ -44,6 +44,13 @@ def test_a_described_store(sealed_store: Path) -> None:
     assert attention["smaller_than_relation_matrices_fp16"] == round(matrices / attention["bytes"], 1)
 
 
+def test_a_teacher_of_clips_says_its_frames(sealed_store: Path) -> None:
+    facts = describe_store(Store.open(sealed_store))
+    card = facts["teachers"]["t"]["card"]
+    card["preprocessing"]["frames"], card["slots"] = 16, 8
+    assert "t: vit_tiny_patch16_224 at 48 px, 16 frames in 8 slots, 3x3 patch + 1" in format_store(facts)
+
+
 def test_a_page_of_text(sealed_store: Path) -> None:
     """Every tap has its line; relation errors are shown only where they were measured."""
     facts = describe_store(Store.open(sealed_store))

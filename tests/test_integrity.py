@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hdcache.arrays import ArrayReader
 from hdcache.errors import HdcacheError, StoreCorrupt
-from hdcache.integrity import Ledger, teacher_ledger, verify, view_ledger
+from hdcache.integrity import Ledger, listed_bytes, teacher_ledger, verify, view_ledger
 from hdcache.records import canonical_json
 from hdcache.schema import Receipt, StoredObject
 from hdcache.store import Store
@@ -42,6 +42,15 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 # Receipts
+
+
+def test_the_bytes_to_read_are_those_that_are_counted(sealed_store: Path) -> None:
+    """What several seals list is read once, and what no seal lists yet is read too."""
+    for _ in range(2):
+        store, steps = Store.open(sealed_store), list[int]()
+        found = verify(store, progress=steps.append)
+        assert sum(steps) == listed_bytes(store) == found.bytes
+        teacher_ledger(store, "t", 0).unseal()
 
 
 def test_a_receipt_holds_while_its_objects_do(sealed_store: Path) -> None:

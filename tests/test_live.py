@@ -13,8 +13,10 @@ from hdcache.distill.live import choose_teachers, commands_of, named_teachers, s
 from hdcache.distill.recipes import get_recipe
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
+from hdcache.distill.teacher_fit import Misfit
 from hdcache.distill.tinymim import TinyMIM
 from hdcache.errors import StoreMismatch, UsageError
+from hdcache.extract.run import extract
 from hdcache.schema import MaskSpec
 from hdcache.store import Store
 
@@ -90,23 +92,68 @@ def test_teachers_that_nobody_reads_are_refused(name: str, tiny: str, tiny_store
 # The commands in messages
 
 
-def completed(store: Store | None, message: str) -> str:
+def completed(store: Store | None, message: str, **known: Any) -> str:
     with pytest.raises(UsageError) as caught, commands_of(store):
-        raise UsageError(message)
+        raise Misfit(message, **known) if known else UsageError(message)
     return str(caught.value)
 
 
 def test_commands_name_the_store_and_the_models_that_it_knows(tiny_store: Path, tiny: str) -> None:
     store, command = Store.open(tiny_store), "add it: hdcache extract --store STORE --teacher {}=MODEL --tap final"
-    begin = f"add it: hdcache extract --store {tiny_store} --teacher"
+    begin = f"add it: hdcache extract --store {tiny_store} --num-views 2 --teacher"
     assert completed(store, command.format("sup")) == f"{begin} sup=MODEL --tap final"
-    assert completed(store, command.format("t-2")) == f"{begin} 't-2={tiny}' --tap final"
-    assert completed(store, command.format("u-2")) == f"{begin} u-2=MODEL --tap final"
-    assert completed(None, command.format("t-2")) == command.format("t-2")
+    assert completed(store, command.format("t-75"), of="t") == f"{begin} 't-75={tiny}' --tap final"
+    assert completed(store, command.format("u-2"), of="u") == f"{begin} u-2=MODEL --tap final"
+    assert completed(None, command.format("t-2"), of="t") == command.format("t-2")
+    assert completed(None, command.format("t-2"), of="t", live="leave it out") == "leave it out"
+    assert completed(store, command.format("t-2"), live="leave it out") == f"{begin} t-2=MODEL --tap final"
     missing = "no teacher 'u'; choose from: t; or "
     assert completed(None, missing + command.format("u")) == f"{missing}give --teacher u=MODEL too"
+    remark = "no teacher 'u'; or add it (N: its last): "
+    assert completed(None, remark + command.format("u").removeprefix("add it: ")) == (
+        "no teacher 'u'; or give --teacher u=MODEL too"
+    )
     sized = "hdcache extract --store STORE --teacher t-2=MODEL --img-size 48 --tap final"
-    assert completed(store, sized).endswith(f"'t-2={tiny}' --img-size 48 --tap final")
+    assert completed(store, sized, of="t").endswith(f"'t-2={tiny}' --img-size 48 --tap final")
+
+
+def test_a_hyphen_does_not_make_it_the_network_before_it(
+    tiny_store: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]
+) -> None:
+    """A name that the user gave may be any network's; only the loss knows whether it asks for a known one again."""
+    for recipe, asked in (
+        (small_recipe("hybrid-tiny", objective__relation_teacher="t", objective__feature_teacher="t-clip"), "t-clip"),
+        (small_recipe(objective__teacher="t-2"), "t-2"),
+    ):
+        with pytest.raises(UsageError, match=rf"no teacher '{asked}'; .* --teacher {asked}=MODEL( |$)"):
+            distill(recipe, out=tmp_path / "a", store=tiny_store, device="cpu")
+
+
+def test_a_first_view_alone_needs_no_option(tmp_path: Path, tiny: str, make_npz: Callable[..., str]) -> None:
+    data = make_npz(tmp_path / "d.npz", 8)
+    extract(data, store=tmp_path / "s", teachers=[f"t={tiny}"], taps=["final"], device="cpu", quiet=True)
+    message = "add it: hdcache extract --store STORE --teacher u=MODEL --tap final"
+    expected = message.replace("STORE", f"{tmp_path}/s")
+    assert completed(Store.open(tmp_path / "s"), message) == expected
+
+
+def test_without_a_store_no_message_speaks_of_one(
+    tiny: str, tmp_path: Path, make_npz: Callable[..., str], small_recipe: Callable[..., Recipe]
+) -> None:
+    settings: dict[str, Any] = {"data": make_npz(tmp_path / "d.npz", 16), "online": True, "device": "cpu"}
+    student = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    for recipe, more, message in (
+        (small_recipe(student__arguments=student), {}, r"; set student\.arguments\.img_size=32$"),
+        (small_recipe(), {"teacher_mask": "0.5"}, r"every token is compared; leave --teacher-mask out$"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            distill(recipe, out=tmp_path / "a", teachers=[f"t={tiny}"], **settings, **more)
+        assert "STORE" not in str(caught.value)
+    two = [f"t={tiny}&num_classes=5", f"u={tiny}&num_classes=5"]
+    with pytest.raises(
+        UsageError, match=r"needs exactly one teacher, but there are 2 \(t, u\); set objective.teacher=NAME$"
+    ):
+        distill(get_recipe("logits-tiny"), out=tmp_path / "a", teachers=two, **settings)
 
 
 def test_a_teacher_that_the_store_lacks_is_named_with_the_command(
@@ -115,12 +162,12 @@ def test_a_teacher_that_the_store_lacks_is_named_with_the_command(
     recipe = small_recipe("hybrid-tiny", objective__relation_teacher="t", objective__keep_ratio=None)
     message = (
         r"^objective.feature_teacher: no teacher 'supervised'; choose from: t; or add it: hdcache extract --store \S+/store "
-        r"--teacher supervised=MODEL --tap final$"
+        r"--num-views 2 --teacher supervised=MODEL --tap final$"
     )
     with pytest.raises(UsageError, match=message):
         distill(recipe, out=tmp_path / "a", store=tiny_store, device="cpu")
     student = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
-    message = rf"set objective.teacher=t-2 and add it: hdcache extract --store {tiny_store} --teacher 't-2=random:\S+' --img-size 64 "
+    message = rf"set objective.teacher=t-2 and add it: hdcache extract --store {tiny_store} --num-views 2 --teacher 't-2=random:\S+' --img-size 64 "
     with pytest.raises(UsageError, match=message):
         distill(small_recipe(student__arguments=student), out=tmp_path / "a", store=tiny_store, device="cpu")
     assert not (tmp_path / "a").exists()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import threading
 import time
@@ -30,7 +31,7 @@ from hdcache.order import rank_slice
 from hdcache.photometric import Photometric
 from hdcache.reader import read_geometry
 from hdcache.samples import open_views
-from hdcache.schema import Preprocessing, ViewSpec
+from hdcache.schema import Manifest, Preprocessing, ViewSpec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.target_sources import Runs, open_targets
@@ -301,6 +302,43 @@ def test_without_targets_a_store_still_gives_its_views(holed: Path) -> None:
             assert torch.equal(mine.images, theirs.images)
             assert mine.targets == {}
     assert make(holed, {}, fresh=1).views == []
+
+
+def test_teachers_that_are_not_read_change_nothing(copy: Path, tiny: str) -> None:
+    """One with fewer views and failed rows of its own, added later: the same views, rows, order and pixels."""
+    before = {view: ids_of(make(copy, {}).epoch(view)) for view in (0, 1)}
+    common = {"encoding": "fp32", "precision": "fp32", "device": "cpu", "batch": 8, "taps": ["final"]}
+    extract(str(copy / "data"), store=copy / "s", teachers=[f"other={tiny}"], **common)
+    path = copy / "s/teachers/other/views/0/manifest.json"
+    seal = Manifest.parse(json.loads(path.read_text()), path)
+    path.write_bytes(seal.model_copy(update={"failed": seal.failed | {0: "not finite", 1: "not finite"}}).canonical())
+    plain = make(copy, {})
+    assert plain.views == [0, 1]
+    assert {view: ids_of(plain.epoch(view)) for view in (0, 1)} == before
+    assert all(map(same, plain.epoch(1), make(copy, {}, threads=1).epoch(1)))
+
+
+def test_all_views_that_are_recorded_can_be_used_without_targets(copy: Path, tiny: str) -> None:
+    """Even where no teacher has them all: geometry belongs to the store."""
+    common = {"encoding": "fp32", "precision": "fp32", "device": "cpu", "batch": 8, "taps": ["final"]}
+    extract(str(copy / "data"), store=copy / "s", teachers=[f"other={tiny}"], num_views=4, **common)
+    assert make(copy, {}).views == [0, 1, 2, 3]
+    loader = make(copy, {}, num_views=3)
+    assert loader.views == [0, 1, 2]
+    assert set(flat(loader.epoch(2))) == good_ids()
+    shutil.rmtree(copy / "s/teachers/other")
+    assert make(copy, {}, num_views=3).views == [0, 1, 2]
+    with pytest.raises(
+        InputNotFound, match=r"5 views asked for, complete are \[0, 1, 2, 3\]; finish with .* --num-views 5"
+    ):
+        make(copy, {}, num_views=5)
+
+
+def test_a_store_without_a_recorded_view_says_so(copy: Path) -> None:
+    for view in (0, 1):
+        (copy / f"s/views/{view}/manifest.json").unlink()
+    with pytest.raises(InputNotFound, match="1 views asked for, complete are none; finish with 'hdcache extract"):
+        make(copy, {})
 
 
 def test_a_teacher_may_decide_the_rows_without_giving_targets(holed: Path) -> None:

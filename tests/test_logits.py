@@ -110,6 +110,7 @@ def test_the_teacher_with_a_classifier_is_found_among_others() -> None:
     ("objective", "cards", "labels", "arguments", "message"),
     [
         (Logits(), {"t": card(0)}, 0, {}, r"needs the class probabilities of teacher 't', which was run without a classifier; set objective.teacher=t-2 and add it, .*: hdcache extract --store STORE --teacher t-2=MODEL --tap logits --top-k 10$"),
+        (Logits(), {"a": card(0), "b": card(0)}, 0, {}, r"null, and none of the 2 teachers \(a, b\) was run with a classifier; set objective.teacher=NAME and add it, .*: hdcache extract --store STORE --teacher NAME=MODEL --tap logits --top-k 10$"),
         (Logits(teacher="b"), {"t": card()}, 0, {}, "no teacher 'b'; choose from: t; or add it: .*--teacher b=MODEL --tap logits --top-k 10$"),
         (Logits(), {"t": card().model_copy(update={"mask": MaskSpec(kind="random", ratio=0.75)})}, 0, {}, "'t' saw only the tokens that its mask random:0.75 left"),
         (Logits(), {}, 0, {}, "objective.teacher not given, and there is no teacher; add one: .*--teacher NAME=MODEL --tap logits --top-k 10$"),
@@ -186,6 +187,6 @@ def test_from_soft_labels(data: str, tmp_path: Path) -> None:
 def test_a_store_without_logits_names_the_command(tiny_store: Path, tmp_path: Path) -> None:
     with pytest.raises(
         (UsageError, InputNotFound),
-        match=r"--store \S+/store --teacher 't-2=random:vit_tiny_\S+' --tap logits --top-k 10$",
+        match=r"a checkpoint that has one: .* --store \S+/store --num-views 2 --teacher t-2=MODEL --tap logits --top-k 10$",
     ):
         distill(recipe(), out=tmp_path / "run", store=tiny_store, device="cpu")

@@ -20,6 +20,7 @@ from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, UnreadableImage, UsageError
 from hdcache.evaluate.monitor import knn_monitor
 from hdcache.evaluate.run import knn_eval
+from hdcache.options import Trained
 from hdcache.schema import ViewSpec
 
 Make = Callable[..., Recipe]
@@ -72,9 +73,9 @@ def test_a_student_keeps_its_mode_and_its_gradients(sets: tuple[str, str]) -> No
     before = {name: value.clone() for name, value in student.state_dict().items()}
     state = torch.get_rng_state()
     monitor = knn_monitor(*sets, layers=["final", "block1.out", "final"])
-    first = monitor(student, backbone.preprocessing, "final")
+    first = monitor(student, backbone.preprocessing, Trained("final"))
     assert list(first) == ["final", "block1.out"]
-    assert monitor(student, backbone.preprocessing, "final") == first
+    assert monitor(student, backbone.preprocessing, Trained("final")) == first
     assert student.training
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None and not parameter.is_inference() for parameter in student.parameters())
@@ -87,7 +88,7 @@ def test_a_student_keeps_its_mode_and_its_gradients(sets: tuple[str, str]) -> No
 def test_a_small_bank_lowers_k(tmp_path: Path, make_npz: Callable[..., str]) -> None:
     backbone = load_backbone("random:vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=12&depth=2&num_heads=2")
     data = make_npz(tmp_path / "few.npz", 6)
-    (accuracy,) = knn_monitor(data)(backbone.model, backbone.preprocessing, "block1.out").values()
+    (accuracy,) = knn_monitor(data)(backbone.model, backbone.preprocessing, Trained("block1.out")).values()
     assert accuracy == knn_eval(backbone, data, ks=[5], layer="block1.out", device="cpu")["knn"][0]["top1"]
 
 
@@ -151,7 +152,7 @@ def test_clips_are_shown_at_the_stride_of_the_run(
         return SimpleNamespace(pixels=lambda _: np.full((3, 4, 16, 16), len(name), np.uint8))
 
     monkeypatch.setattr("hdcache.evaluate.embed.open_sample", opened)
-    given = (backbone.model, backbone.preprocessing, "final", "mean", 7)
+    given = (backbone.model, backbone.preprocessing, Trained("final", "mean", 7))
     knn_monitor("video:d", k=1, threads=1)(*given)
     assert set(strides) == {7}
     text = capsys.readouterr().err

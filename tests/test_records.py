@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from hdcache.errors import StoreCorrupt, UsageError
 from hdcache.records import Facts, Record, canonical_json, check_key, check_name, differences, first_fault
+from hdcache.schema import DatasetCard, StoreCard, ViewSpec
 
 jsons = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
@@ -138,3 +139,17 @@ def test_differences_name_the_leaves() -> None:
 def test_equal_values_have_no_differences_and_other_lists_do(first: Any, second: Any) -> None:
     assert differences(first, json.loads(canonical_json(first))) == []
     assert bool(differences({"x": [first, 1]}, {"x": [second]}))
+
+
+def test_a_whole_record_says_its_silent_defaults() -> None:
+    """So that a message names the default, at any depth; the stored spelling stays as it was."""
+    plain, clip = ViewSpec(), ViewSpec(frames=16, stride=2)
+    assert differences(plain.whole(), clip.whole()) == [
+        "frames: the store has 16, asked was None",
+        "stride: the store has 2, asked was 1",
+    ]
+    card = StoreCard(dataset=DatasetCard(spec="", kind="npz", fingerprint="", count=1), views=plain)
+    assert card.whole()["views"]["stride"] == 1
+    assert "stride" not in plain.model_dump(mode="json")
+    assert ViewSpec.model_validate(plain.whole()) == plain
+    assert "stride" not in card.model_dump(mode="json")["views"]

@@ -32,6 +32,7 @@ from hdcache.distill.trainer import (
     update_average,
 )
 from hdcache.errors import HdcacheError, Interrupted
+from hdcache.options import Trained
 from hdcache.schema import Preprocessing
 from hdcache.taps import Tokens
 
@@ -467,10 +468,8 @@ class Recorder:
         self.steps: list[float] = []
         self.weights: list[bytes] = []
 
-    def __call__(
-        self, student: nn.Module, preprocessing: Preprocessing, last: str, pool: str, stride: int
-    ) -> dict[str, float]:
-        assert (preprocessing.size, last, pool, stride) == (32, "block2.out", "cls", 1)
+    def __call__(self, student: nn.Module, preprocessing: Preprocessing, trained: Trained) -> dict[str, float]:
+        assert (preprocessing.size, trained) == (32, Trained("block2.out", "cls", 1))
         weight: torch.Tensor = student.get_parameter("blocks.0.attn.qkv.weight")
         self.weights.append(weight.detach().numpy().tobytes())
         return {"block2.out": float(weight.detach().double().sum()), "block1.out": 50.0}
@@ -570,7 +569,7 @@ import os, sys
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
 recipe, out, store = sys.argv[1:]
-def monitor(student, preprocessing, last_trained, pool_trained, stride):
+def monitor(student, preprocessing, trained):
     print("measured by rank", os.environ["RANK"], flush=True)
     return {"final": float(next(student.parameters()).detach().sum())}
 distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=1, monitor=monitor)

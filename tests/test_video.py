@@ -736,6 +736,8 @@ def test_views_that_no_video_is_long_enough_for_can_be_corrected(videos: str, tm
     assert Store.open(tmp_path / "s").card.rows_per_shard < 8
     with pytest.raises(StoreMismatch, match=r"made with other settings \(views.stride"):
         run(videos, tmp_path / "s", views="videomae?frames=4&stride=2")
+    with pytest.raises(StoreMismatch, match=r"\(views.stride: the store has \d+, asked was 1\)"):
+        run(videos, tmp_path / "s", views="videomae?frames=4&stride=1")
 
 
 def test_recorded_frames_that_a_video_does_not_have(dataset: Dataset, clip_store: Path) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from hdcache.datasets import Dataset, open_dataset
-from hdcache.distill.fresh_views import choose_views
 from hdcache.distill.recipes import get_recipe
 from hdcache.distill.run import distill, format_run
+from hdcache.distill.run_views import choose_views, name_of
 from hdcache.errors import UsageError
 from hdcache.schema import ViewSpec
 from hdcache.store import Store
+from hdcache.views import PRESETS, parse_views
 
 SSL = "sdssl-simclr-tiny"
+PLAIN: dict[str, Any] = {"jitter": None, "second_jitter": None}
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +59,44 @@ def test_clips_have_views_of_clips(pictures: Dataset) -> None:
 
 def test_a_store_has_views_of_its_own(pictures: Dataset, tiny_store: Path) -> None:
     store = Store.open(tiny_store)
-    assert choose_views(get_recipe(SSL), store, pictures, None) == (store.card.views, "random-resized-crop")
+    assert choose_views(get_recipe(SSL), store, pictures, None) == (store.card.views, name_of(store.card.views))
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tinymim"])
+def test_a_preset_has_one_name_with_and_without_a_store(pictures: Dataset, name: str) -> None:
+    """A store keeps how its views are drawn, not what they were called; TinyMIM's are MAE's."""
+    for seed in (0, 5):
+        store: Any = SimpleNamespace(card=SimpleNamespace(views=parse_views(name, seed)))
+        assert choose_views(get_recipe("mae-tiny"), store, pictures, None)[1] == name
+    assert name_of(parse_views("tinymim")) == "mae"
+    assert name_of(parse_views("gentle?scale=0.5,1")) == "random-resized-crop"
 
 
 @pytest.mark.parametrize("asked", ["center", "resize", "center?flip=1", ViewSpec(kind="resize", flip=0)])
 def test_views_that_are_always_the_same_are_refused(pictures: Dataset, asked: Any) -> None:
     message = (
-        rf"^recipe '{SSL}' draws new views of each sample in every epoch, but these \((center-crop|resize), flip [01]\) are "
-        "always the same; give --views supervised, mae or gentle"
+        rf"^recipe '{SSL}' draws new views of each sample in every epoch, but these \((center-crop|resize), flip [01], jitter null\) "
+        r"are always the same; give --views supervised, mae or gentle \(videomae for clips\), or set jitter$"
     )
     with pytest.raises(UsageError, match=message):
-        choose_views(get_recipe(SSL), None, pictures, asked)
-    choose_views(get_recipe("mae-tiny"), None, pictures, asked)
-    choose_views(get_recipe(SSL), None, pictures, "center?flip=0.5")
+        choose_views(get_recipe(SSL, PLAIN), None, pictures, asked)
+    choose_views(get_recipe("mae-tiny", PLAIN), None, pictures, asked)
+    choose_views(get_recipe(SSL, PLAIN), None, pictures, "center?flip=0.5")
+
+
+@pytest.mark.parametrize("colours", ["jitter", "second_jitter"])
+def test_views_of_one_geometry_may_differ_by_their_colours(pictures: Dataset, colours: str) -> None:
+    """Each view and epoch has its own; one coloured view of two is enough."""
+    changes: dict[str, Any] = PLAIN | {colours: {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}}
+    assert choose_views(get_recipe(SSL, changes), None, pictures, "center")[1] == "center"
+    assert choose_views(get_recipe(SSL), None, pictures, "resize")[1] == "resize"
 
 
 def test_a_store_whose_views_never_differ_is_refused(pictures: Dataset, tiny_store: Path) -> None:
     store: Any = SimpleNamespace(card=SimpleNamespace(views=ViewSpec(kind="center-crop", flip=0)))
     with pytest.raises(UsageError, match="always the same; extract to a new store with --views supervised"):
-        choose_views(get_recipe("sdssl-cached-final-tiny"), store, pictures, None)
-    assert choose_views(get_recipe("tinymim-tiny"), store, pictures, None)[1] == "center-crop"
+        choose_views(get_recipe("sdssl-cached-final-tiny", PLAIN), store, pictures, None)
+    assert choose_views(get_recipe("tinymim-tiny"), store, pictures, None)[1] == "center"
 
 
 # What a run says of its views
@@ -108,7 +128,8 @@ def test_the_first_and_the_last_line_of_a_run_that_teaches_itself(
     [
         (False, 2, "2 views (mae)"),
         (False, None, "a new view (mae) in each epoch"),
-        (True, 1, "1 stored views (random-"),
+        (False, 1, "1 view (mae)"),
+        (True, 1, "1 stored view ("),
     ],
 )
 def test_only_a_store_has_stored_views(
@@ -122,7 +143,9 @@ def test_only_a_store_has_stored_views(
 ) -> None:
     where = {"store": tiny_store} if stored else {"data": data}
     result = distill(**small("supervised-tiny", **where), out=tmp_path / "a", num_views=number, quiet=False)
-    assert f"images, {line}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"images, {line}" in said
+    assert " in 1 epoch, peak" in said
     text = format_run(result)
     assert "no teacher" in text
     assert "targets from the store" not in text
