@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,9 +70,9 @@ class Objective(Record):
                     f"--set {shlex.quote(f'objective.{name}={text}')}"
                 )
 
+    @abstractmethod
     def parts(self) -> tuple[str, ...]:
         """Names of the loss's parts: the keys that :meth:`loss` returns and that a recipe's ``weights`` may have."""
-        raise NotImplementedError
 
     def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
         """Teacher name -> names of the targets it must give for every row; by default empty: no teacher is needed.
@@ -83,10 +84,11 @@ class Objective(Record):
         """
         return {}
 
+    @abstractmethod
     def student_taps(self, depth: int) -> tuple[str, ...]:
         """Taps of a student of ``depth`` blocks that the loss reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(
         self, student: nn.Module, cards: Mapping[str, TeacherCard], num_classes: int, generator: torch.Generator
     ) -> nn.Module:
@@ -95,7 +97,6 @@ class Objective(Record):
         All initial weights come from ``generator``; the global generator is left alone. Every mismatch between
         student, teachers and settings is a :class:`~hdcache.errors.UsageError` here, before the first step.
         """
-        raise NotImplementedError
 
     def forward(self, student: nn.Module, batch: Batch, heads: nn.Module, seed: int) -> Taps:
         """Run the student; by default on the whole ``batch.images``, up to the last of :meth:`student_taps`.
@@ -104,12 +105,12 @@ class Objective(Record):
         """
         return forward_taps(student, batch.images, self.student_taps(num_blocks(student)))
 
+    @abstractmethod
     def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
         """Part name -> scalar float32. Gradient reaches the student and ``heads`` only, never a target.
 
         ``heads`` is what :meth:`build` returned, not a wrapper around it.
         """
-        raise NotImplementedError
 
     def last_trained(self, depth: int) -> str:
         """Tap of the deepest layer that training reaches and that may be used frozen: ``final`` or ``blockN.out``."""

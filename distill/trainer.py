@@ -9,7 +9,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,14 @@ def train(
     with (
         closing(Log(folder, ranks, recipe.log_every, position, device)) as log,
         Progress("distill", total * recipe.batch_size, "samples", quiet=quiet or not ranks.first) as bar,
+        ExitStack() as running,
     ):
         bar.skip(position.step * recipe.batch_size)
         # Before the first step; in a resumed run, what the one before it was stopped from measuring.
         started += measured(log, bar)
         while position.epoch < recipe.epochs:
-            batches = loader.epoch(position.epoch, position.batch)
+            # Left early, by a stop or an error, it must end its threads at once.
+            batches = running.enter_context(closing(loader.epoch(position.epoch, position.batch)))
             for _, pieces in itertools.groupby(batches, key=lambda piece: piece.index):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(position.step, total, warmup, recipe.peak_lr(), recipe.min_lr)

@@ -168,7 +168,7 @@ def attention_profile(
                     found = forward_taps(model, inputs, taps)
                     maps = [found[tap] for tap in taps]
                     distance.append(torch.stack([attention_distance(m, grid, patch, prefix) for m in maps], 1).cpu())  # type: ignore[arg-type]  # relations are tensors
-                    nmi.append(torch.stack([attention_nmi(m, prefix) for m in maps], 1).cpu())  # type: ignore[arg-type]
+                    nmi.append(torch.stack([attention_nmi(m, prefix) for m in maps], 1).cpu())  # type: ignore[arg-type]  # relations are tensors
     finally:
         model.train(was_training)
     return AttentionProfile(

@@ -7,7 +7,7 @@ and the Rust reader cannot be forked. Stored codes travel to the device as they 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -175,7 +175,7 @@ class Loader:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         return self.epoch(epoch)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """Batches of ``epoch`` from number ``start`` on: the state of a loader is these two numbers.
 
         A last batch of fewer rows than processes leaves some of them an empty one (``drop_last`` leaves it out).
