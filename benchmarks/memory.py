@@ -14,14 +14,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hdcache.extract.run import extract
 from hdcache.progress import size
-from hdcache.teachers import split_name
 
 KINDS = ("store", "online", "alone")
 
@@ -29,8 +26,8 @@ KINDS = ("store", "online", "alone")
 def run(kind: str, settings: argparse.Namespace, number: int) -> dict[str, Any]:
     """One epoch in a process of its own."""
     names = {
-        "relation": split_name(settings.relation_teacher)[0],
-        "feature": split_name(settings.feature_teacher)[0],
+        "relation": settings.relation_teacher.partition("=")[0],
+        "feature": settings.feature_teacher.partition("=")[0],
     }
     folder = settings.out / f"{kind}-{number}"
     student = ["--set", f"student.arguments={settings.student}", "--set", f"batch_size={settings.batch_size}"]
@@ -51,7 +48,7 @@ def run(kind: str, settings: argparse.Namespace, number: int) -> dict[str, Any]:
     process = subprocess.Popen([sys.executable, "-m", "hdcache", "distill", *command, *student, "--quiet", "--json"], stdout=subprocess.PIPE)  # fmt: skip
     assert process.stdout is not None
     output = process.stdout.read()
-    # The system counts the peak of exactly this child.
+    # The peak of exactly this child; but Linux has it start at this process's own, which must therefore load no network.
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{kind}: the run failed with status {status}")
@@ -61,6 +58,7 @@ def run(kind: str, settings: argparse.Namespace, number: int) -> dict[str, Any]:
         "rss": usage.ru_maxrss * unit,
         "seconds": found["seconds"],
         "samples_per_second": found["samples_per_second"],
+        "device": found["device_memory"],
     }
 
 
@@ -81,35 +79,31 @@ def main() -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     if any(settings.out.iterdir()):
         parser.error(f"{settings.out} is not empty; give --out a new folder")
+    store = ["--store", str(settings.out / "store.hdc"), "--views", settings.views]
     for teacher, tap in ((settings.relation_teacher, settings.relation_tap), (settings.feature_teacher, "final")):
-        extract(
-            settings.train,
-            store=settings.out / "store.hdc",
-            teachers=[teacher],
-            taps=[tap],
-            views=settings.views,
-            quiet=False,
-        )
+        command = ["extract", settings.train, *store, "--teacher", teacher, "--tap", tap]
+        subprocess.run([sys.executable, "-m", "hdcache", *command], check=True)
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for number in range(settings.repeats):
         for kind in KINDS:
             runs[kind].append(run(kind, settings, number))
     best = {
-        kind: {"rss": max(r["rss"] for r in found), "samples_per_second": max(r["samples_per_second"] for r in found)}
+        kind: {measure: max(run[measure] or 0 for run in found) for measure in ("rss", "device", "samples_per_second")}
         for kind, found in runs.items()
     }
     result = {
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "settings": {k: str(v) for k, v in vars(settings).items()},
         "runs": runs,
         "best": best,
     }
     (settings.out / "memory.json").write_text(json.dumps(result, indent=1))
     alone = best["alone"]
-    print("| | peak memory | samples/s | time of the student alone |\n|---|---|---|---|")
+    print("| | peak memory | peak on the GPU | samples/s | time of the student alone |\n|---|---|---|---|---|")
     for kind, found in best.items():
         ratio = alone["samples_per_second"] / found["samples_per_second"]
-        print(f"| {kind} | {size(found['rss'])} | {found['samples_per_second']:.0f} | {ratio:.2f} times |")
+        device = size(found["device"]) if found["device"] else "no GPU"
+        print(f"| {kind} | {size(found['rss'])} | {device} | {found['samples_per_second']:.0f} | {ratio:.2f} times |")
 
 
 if __name__ == "__main__":

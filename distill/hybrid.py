@@ -26,12 +26,14 @@ from hdcache.distill.redundancy import (
     default_stages,
     own_score,
     random_score,
+    taken,
     target_score,
+    tokens_of,
 )
 from hdcache.errors import UsageError
 from hdcache.relations import KINDS, RelationKind, relation, relation_logits, split_heads
 from hdcache.schema import TeacherCard
-from hdcache.taps import Tokens, forward_taps, gather_patches, num_blocks, parse_tap
+from hdcache.taps import Tokens, forward_taps, num_blocks, parse_tap
 
 if TYPE_CHECKING:
     from hdcache.batch import Batch
@@ -146,8 +148,8 @@ class Hybrid(Objective):
             )
         if min((*(self.relation_blocks or ()), *(self.student_blocks or ()), *(self.stages or ())), default=1) < 1:
             raise ValueError("relation_blocks, student_blocks and stages count blocks from 1")
-        if self.keep_ratio is None and self.stages is not None:
-            raise ValueError("stages is set, but keep_ratio is null, so that nothing is dropped; set stages to null")
+        if self.keep_ratio is None:
+            self.refuse_unread(("stages",), "keep_ratio null")
         if self.scorer_target is not None and (self.keep_ratio is None or self.scorer != "teacher"):
             raise ValueError("scorer_target is set, but no teacher scores; set it to null")
         return self
@@ -236,12 +238,12 @@ class Hybrid(Objective):
         for part in self.use:
             targets = batch.targets[heads.teachers[part]]
             if part == "feature":
-                target = _taken(targets[self.feature], kept.get("final.kept"))
+                target = taken(targets[self.feature], kept.get("final.kept"))
                 losses[part] = self._feature_loss(target, values["final"], heads)
                 continue
             distances: list[Tensor] = []
             for name, tap in heads.pairs:
-                target = _taken(targets[name], kept.get(f"{tap}.kept"))
+                target = taken(targets[name], kept.get(f"{tap}.kept"))
                 distances += self._distances(target, values[tap], heads.num_heads)
             stacked = torch.stack(distances)
             losses[part] = stacked.mean() if self.combine == "mean" else stacked.sum()
@@ -250,11 +252,9 @@ class Hybrid(Objective):
     def _distances(self, target: Tokens, student: Tokens, num_heads: int) -> list[Tensor]:
         """One distance for each kind. Rows and columns of dropped tokens are gone before any product or softmax."""
         t, s = (split_heads(_chosen(value, self.relation_tokens), num_heads) for value in (target, student))
-        found = []
-        for rows, columns in (KINDS[kind] for kind in self.relations):
-            theirs, own = self._relation(t[rows], t[columns]), self._relation(s[rows], s[columns])
-            found.append(smooth_l1_loss(own, theirs.detach(), beta=self.relation_beta))
-        return found
+        pairs = [KINDS[kind] for kind in self.relations]
+        scores = [(self._relation(t[a], t[b]).detach(), self._relation(s[a], s[b])) for a, b in pairs]
+        return [smooth_l1_loss(own, theirs, beta=self.relation_beta) for theirs, own in scores]
 
     def _relation(self, x: Tensor, y: Tensor) -> Tensor:
         """float32 [B, H, T, T]."""
@@ -277,7 +277,7 @@ class Hybrid(Objective):
         assert isinstance(heads, HybridHeads)  # noqa: S101
         assert heads.scored is not None  # noqa: S101
         name, target = heads.scored
-        return target_score(_tokens(batch.targets[name][target]).patches)
+        return target_score(tokens_of(batch.targets[name][target]).patches)
 
     def _scored_part(self) -> Part | None:
         if self.keep_ratio is None or self.scorer != "teacher":
@@ -331,17 +331,6 @@ class Hybrid(Objective):
                 f"choose from 1 to {card.depth}, or leave it at its default"
             )
         return names
-
-
-def _tokens(value: Tokens | Tensor) -> Tokens:
-    assert isinstance(value, Tokens)  # noqa: S101  # programmer invariant: every target of this loss is one of tokens
-    return value
-
-
-def _taken(value: Tokens | Tensor, kept: Tensor | None) -> Tokens:
-    """The prefix tokens and the patch tokens at ``kept``."""
-    tokens = _tokens(value)
-    return tokens if kept is None else Tokens(tokens.prefix, gather_patches(tokens.patches, kept, 0))
 
 
 def _chosen(value: Tokens, which: str) -> Tensor:

@@ -91,6 +91,9 @@ def commands_of(store: Store | None) -> Iterator[None]:
         if store is None:
             message = _LIVE.sub(r"or give \1 too", message)
         else:
+            for name in {match["name"] for match in _COMMAND.finditer(message)} & {*store.teachers()}:
+                free = store.free_name(name)
+                message = re.sub(rf"(?<=[ =]){re.escape(name)}(?=[ =])", free, message)
             message = _COMMAND.sub(lambda match: _completed(match, store, of), message)
         raise UsageError(message) from None
 
@@ -111,10 +114,7 @@ def _completed(match: re.Match[str], store: Store, of: str | None) -> str:
             unmasked = record.card.model_copy(update={"mask": None})
             options = as_extracted(record.model_copy(update={"card": unmasked}))
     teacher = shlex.quote(f"{name}={model}")
-    # A run reads the views that all of its teachers have.
-    views = max((len(store.views(other)) for other in store.teachers()), default=0)
-    more = f" --num-views {views}" if views > 1 else ""
-    return f"hdcache extract --store {shlex.quote(str(store.path))}{more} --teacher {teacher}{options}"
+    return f"{store.extract_command()} --teacher {teacher}{options}"
 
 
 def named_teachers(

@@ -139,3 +139,15 @@ def random_score(ids: Sequence[str], epoch: int, seed: int, total: int) -> Score
         return noise if kept is None else noise.gather(1, kept)
 
     return score
+
+
+def tokens_of(value: Tokens | Tensor) -> Tokens:
+    """A target that is one of tokens, told to the type checker."""
+    assert isinstance(value, Tokens)  # noqa: S101  # programmer invariant: every target of such a loss is
+    return value
+
+
+def taken(value: Tokens | Tensor, kept: Tensor | None) -> Tokens:
+    """The prefix tokens and the patch tokens at ``kept`` int64 [B, K]; None: all."""
+    tokens = tokens_of(value)
+    return tokens if kept is None else Tokens(tokens.prefix, gather_patches(tokens.patches, kept, 0))

@@ -64,6 +64,8 @@ class Outcome:
     """Mean loss of the last logged interval; None where no step was logged."""
     resumed_at: int
     """Step at which this session started."""
+    device_memory: int | None
+    """Most bytes that tensors of this process held on its GPU at once, teachers in the loop included; None on a CPU."""
 
 
 def train(
@@ -198,6 +200,7 @@ def train(
         (loader.waited - waited) / session,
         log.mean,
         resumed_at,
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     ), preferred
 
 

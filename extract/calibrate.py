@@ -142,7 +142,7 @@ def repair_constants(
             raise StoreMismatch(
                 f"{store.teacher_path(record.name) / key}: missing or damaged, and cannot be made again as it was "
                 f"(other {dataset.card.noun}, hardware or versions); copy it from a backup, or extract the teacher under a new name: "
-                f"--teacher {record.name}-2=..."
+                f"--teacher {store.free_name(record.name)}=..."
             )
     for key in damaged:
         durable_write(store.teacher_path(record.name) / key, made[key])

@@ -294,7 +294,7 @@ def open_or_calibrate(
     if lines:
         raise StoreMismatch(
             f"teacher {teacher.name!r} in {store.path} was made with other settings ({'; '.join(lines)}); "
-            f"repeat its settings, or add this one under another name: --teacher {teacher.name}-2=..."
+            f"repeat its settings, or add this one under another name: --teacher {store.free_name(teacher.name)}=..."
         )
     repair_constants(store, dataset, teacher, known, threads=threads)
     return known, TeacherReader(store, teacher.name).encoders

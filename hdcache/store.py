@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -175,12 +176,23 @@ class Store:
             known = ", ".join(self.teachers()) or "none"
             raise InputNotFound(
                 f"{self.path}: no teacher {name!r} (teachers: {known}); "
-                f"add it with 'hdcache extract --store {self.path} --teacher {name}=MODEL'"
+                f"add it: {self.extract_command()} --teacher {name}=MODEL"
             )
         record = TeacherRecord.parse(read_attributes(path), path)
         if record.name != name:
             raise StoreCorrupt(f"{path}: the record of teacher {record.name!r}; rename the folder back to that")
         return record.model_copy(update={"source": read_about(path.parent).source})
+
+    def free_name(self, name: str) -> str:
+        """``NAME-2``, or with the first number after that which no teacher here has."""
+        taken = self.teachers()
+        return next(free for number in itertools.count(2) if (free := f"{name}-{number}") not in taken)
+
+    def extract_command(self) -> str:
+        """How a teacher is added with as many views as the others have; a run reads the views that all of its teachers have."""
+        views = max((len(self.views(other)) for other in self.teachers()), default=0)
+        more = f" --num-views {views}" if views > 1 else ""
+        return f"hdcache extract --store {shlex.quote(str(self.path))}{more}"
 
     def views(self, teacher: str) -> list[int]:
         """Sealed views of a teacher, ascending."""

@@ -51,6 +51,8 @@ class StoredTargets:
             depth=record.card.depth,
             teacher=self.name,
             store=str(reader.store.path),
+            command=reader.store.extract_command(),
+            again=reader.store.free_name(self.name),
             model=record.source or "MODEL",
             options=as_extracted(record),
         )

@@ -140,10 +140,15 @@ def plan_targets(
     depth: int,
     teacher: str,
     store: str,
+    command: str = "hdcache extract --store STORE",
+    again: str = "NAME",
     model: str = "MODEL",
     options: str = "",
 ) -> dict[str, str]:
-    """For each target the held tap that gives it; ``model`` and ``options`` are how extraction was told of the teacher.
+    """For each target the held tap that gives it.
+
+    The rest is for the error's text: ``command`` adds a teacher to ``store``, ``again`` is a free name for this one, and
+    ``model`` and ``options`` are how extraction was told of it.
 
     Raises
     ------
@@ -160,8 +165,8 @@ def plan_targets(
         taps = " ".join(f"--tap {tap}" for tap in sorted({sources(parse_tap(name))[0] for name in targets}))
         raise InputNotFound(
             f"{store}: teacher {teacher!r} holds {', '.join(held)}, which cannot give {', '.join(t for t in targets if t not in plan)}; "
-            f"store it under another name too and set the recipe's teacher field to {teacher}-2: "
-            f"hdcache extract --store {shlex.quote(store)} --teacher {shlex.quote(f'{teacher}-2={model}')}{options} {taps}"
+            f"store it under another name too and set the recipe's teacher field to {again}: "
+            f"{command} --teacher {shlex.quote(f'{again}={model}')}{options} {taps}"
         )
     return plan
 

@@ -187,7 +187,9 @@ def load_teacher(
     for tap in taps:
         check_readable(backbone.model, parse_tap(tap, depth))
     if "logits" in taps and not getattr(backbone.model, "num_classes", 0):
-        raise UsageError(f"teacher {spec}: no classifier, so there are no logits to store; drop the tap 'logits'")
+        raise UsageError(
+            f"teacher {spec}: no classifier, so it gives no logits; take a checkpoint that has one, or leave the tap logits out"
+        )
     if isinstance(mask, str):
         mask = parse_mask(mask, seed=mask_seed, clips=backbone.preprocessing.frames is not None)
     elif mask is None and mask_seed:

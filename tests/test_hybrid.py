@@ -401,7 +401,7 @@ def test_survivors_are_ascending_and_nested(ratio: float, scorer: Any, seed: int
         ({"relation_blocks": (0,), "student_blocks": (1,)}, "count blocks from 1"),
         ({"stages": (0,)}, "count blocks from 1"),
         ({"stages": (1, 3, 1)}, r"stages \[1, 3, 1\] names one twice"),
-        ({"keep_ratio": None, "stages": (1,)}, "stages is set, but keep_ratio is null, so that nothing is dropped"),
+        ({"keep_ratio": None, "stages": (1,)}, "keep_ratio null does not read stages"),
         ({"keep_ratio": 1.0}, "less than 1"),
         (
             {"scorer": "random", "scorer_target": "feature"},
@@ -624,7 +624,9 @@ def test_a_target_that_is_missing_names_one_command(
     from hdcache.distill.run import distill
 
     plan = recipe(small_recipe, relation_blocks=(3,), student_blocks=(2,))
-    command = r"hdcache extract --store .*store --teacher 'mae-2=random:vit_tiny\S+' --tap block3.attn_in$"
+    command = (
+        r"hdcache extract --store .*store --num-views 2 --teacher 'mae-2=random:vit_tiny\S+' --tap block3.attn_in$"
+    )
     with pytest.raises(InputNotFound, match=f"set the recipe's teacher field to mae-2: {command}"):
         distill(plan, out=tmp_path / "a", store=two_teachers, device="cpu")
     with pytest.raises(UsageError, match="feature_teacher not given, and nothing says which teacher is meant"):

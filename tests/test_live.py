@@ -113,6 +113,10 @@ def test_commands_name_the_store_and_the_models_that_it_knows(tiny_store: Path, 
     assert completed(None, remark + command.format("u").removeprefix("add it: ")) == (
         "no teacher 'u'; or give --teacher u=MODEL too"
     )
+    set_t = "set objective.teacher=t and add it: hdcache extract --store STORE --teacher t=MODEL --tap final"
+    assert completed(store, f"teacher 't' is no good; {set_t}") == (
+        f"teacher 't' is no good; set objective.teacher=t-2 and {begin} t-2=MODEL --tap final"
+    ), "a name that is taken was proposed"
     sized = "hdcache extract --store STORE --teacher t-2=MODEL --img-size 48 --tap final"
     assert completed(store, sized, of="t").endswith(f"'t-2={tiny}' --img-size 48 --tap final")
 

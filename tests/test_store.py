@@ -167,8 +167,11 @@ def test_teachers_are_listed_and_read(sealed_store: Path) -> None:
     (sealed_store / "teachers" / "begun").mkdir()
     assert store.teachers() == ["t"]
     assert store.teacher("t").taps.keys() == {"block1.attn_in", "final", "pooled"}
-    with pytest.raises(InputNotFound, match=r"no teacher 'u' \(teachers: t\); add it with 'hdcache extract .*u=MODEL'"):
+    with pytest.raises(InputNotFound, match=r"no teacher 'u' \(teachers: t\); add it: hdcache extract .*u=MODEL$"):
         store.teacher("u")
+    assert store.free_name("t") == "t-2"
+    shutil.copytree(store.teacher_path("t"), store.teacher_path("t-2"))
+    assert (store.free_name("t"), store.free_name("t-2"), store.free_name("u")) == ("t-3", "t-2-2", "u-2")
     with pytest.raises(UsageError, match=r"teacher '\.\./t' may hold only"):
         store.teacher("../t")
 

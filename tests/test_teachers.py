@@ -172,7 +172,9 @@ def test_bad_settings_are_refused_before_any_image(tiny: str, keywords: dict[str
 
 
 def test_logits_need_a_classifier(tiny: str) -> None:
-    with pytest.raises(UsageError, match="no classifier, so there are no logits to store; drop the tap 'logits'"):
+    with pytest.raises(
+        UsageError, match="no classifier, so it gives no logits; take a checkpoint that has one, or leave"
+    ):
         load_teacher(f"{tiny}&num_classes=0", taps=["logits"])
     teacher = load_teacher(f"{tiny}&num_classes=5", taps=["logits"], precision="fp32")
     assert tensors(teacher.forward(pixels(2), ["logits"]))[0].shape == (2, 5)

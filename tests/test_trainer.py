@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,25 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 def weights(folder: Path) -> bytes:
     return (folder / "student.safetensors").read_bytes()
+
+
+def test_training_that_is_left_early_ends_the_loaders_threads(
+    tiny_store: Path, tmp_path: Path, small_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not when the error that ended it is forgotten."""
+    seen: list[set[threading.Thread]] = []
+
+    def fail(*_: Any) -> None:
+        seen.append({*threading.enumerate()})
+        raise HdcacheError("enough")
+
+    before = {*threading.enumerate()}
+    monkeypatch.setattr(trainer, "one_step", fail)
+    with pytest.raises(HdcacheError, match="enough") as caught:
+        run(small_recipe(), tmp_path / "a", tiny_store)
+    assert seen[0] - before, "no thread was at work, so that this shows nothing"
+    assert not {*threading.enumerate()} - before
+    assert caught.value.__traceback__ is not None
 
 
 # Cached equals live
