@@ -58,8 +58,9 @@ def cli() -> None:
 def extract(as_json: bool, quiet: bool, verbose: int, data: str | None, **settings: Any) -> None:
     """Run teachers over DATA once and store what they computed.
 
-    DATA: a folder of class folders, tars (shard-{000..099}.tar), an .npz, hf:OWNER/NAME?split=train,
-    torchvision:CIFAR10?root=DIR. It may be left out for a store that exists. The same command again goes on.
+    DATA: a folder of class folders, video:DIR where they hold videos, tars (shard-{000..099}.tar), an .npz,
+    hf:OWNER/NAME?split=train, torchvision:CIFAR10?root=DIR. It may be left out for a store that exists. The same
+    command again goes on.
     """
     prepare(quiet, verbose)
     from hdcache.extract.run import extract as run

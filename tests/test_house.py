@@ -41,6 +41,7 @@ LAYERS = [
         "relations",
         "soft_labels",
         "stopping",
+        "student_files",
         "video",
         "video_vit",
         "views",
