@@ -55,11 +55,14 @@ def calibrate(
         )
     count = int(finite.sum())
     held = max(1, min(HELDOUT_ROWS, count // 5)) if count > 1 else 1
+    card = teacher.card
+    # A masked teacher's tokens lie anywhere.
+    grid = None if card.mask is not None else ((card.slots,) if card.slots > 1 else ()) + card.grid
     encoders: dict[str, Encoder] = {}
     for request in requests:
         value = _cut(features[request.tap], finite)
         first = slice(0, count - held if count > 1 else 1)
-        encoder = fit(request, _cut(value, first), _cut(value, slice(count - held, count)))
+        encoder = fit(request, _cut(value, first), _cut(value, slice(count - held, count)), grid)
         encoders[request.tap] = _with_relation_error(
             encoder, teacher, _cut(value, slice(max(0, count - min(held, RELATION_ROWS)), count))
         )

@@ -31,6 +31,7 @@ LAYERS = [
         "arrays",
         "checkpoints",
         "dataset_specs",
+        "klt",
         "listings",
         "masks",
         "order",
