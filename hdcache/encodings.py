@@ -43,7 +43,7 @@ from hdcache.soft_labels import (
 )
 from hdcache.tap_requests import DEFAULT_FIDELITY
 from hdcache.tap_requests import request as request
-from hdcache.taps import Tokens
+from hdcache.taps import Coded, Tokens
 
 # Rows that are measured, and compressed, together.
 CODEC_ROWS = 8
@@ -99,30 +99,31 @@ class Encoder:
 
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
         """Rows of stored arrays (on any device) back to ``dtype``; the inverse of :meth:`encode` up to its stated error."""
+        found = self.coded(parts, dtype)
+        return found.tokens() if isinstance(found, Coded) else found
+
+    def coded(self, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor | Coded:
+        """As :meth:`decode`, but klt short of its last step."""
         card = self.card
         if card.encoding == "topk":
             return decode_soft_labels(parts["values"], parts["classes"], card.channels, dtype)
         if card.prefix_tokens == 0 and card.tokens == 0:
             return decode_plain(parts["values"], card.encoding, dtype)
-        if card.encoding in ("klt", "int8"):
-            patches = self._from_integers(parts, dtype)
-        else:
-            patches = decode_plain(parts["values"], card.encoding, dtype)
+        first = next(iter(parts.values()))
         if card.prefix_tokens:
             prefix = decode_plain(parts["prefix"], "bf16" if card.encoding == "bf16" else "fp32", dtype)
         else:
-            prefix = patches.new_empty(patches.shape[0], 0, patches.shape[2])
-        return Tokens(prefix, patches)
-
-    def _from_integers(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        stored = [klt.unfold(parts[name]).to(dtype) for name in ("wide", "codes") if name in self.card.arrays]
+            prefix = torch.empty(first.shape[0], 0, card.channels, dtype=dtype, device=first.device)
+        if card.encoding not in ("klt", "int8"):
+            return Tokens(prefix, decode_plain(parts["values"], card.encoding, dtype))
+        stored = [klt.unfold(parts[name]).to(dtype) for name in ("wide", "codes") if name in card.arrays]
         z = torch.cat(stored, dim=1) if len(stored) > 1 else stored[0]
         constants = self._on(z.device, dtype)
-        if self.card.encoding == "int8":
-            return z.transpose(1, 2) * constants["scale"] + constants["offset"]
-        if self.card.grid is not None:
-            z = klt.over_grid(z, [constants[f"dct{n}"].T for n in self.card.grid])
-        return z.transpose(1, 2) @ constants["inverse"] + constants["mean"]
+        if card.encoding == "int8":
+            return Tokens(prefix, z.transpose(1, 2) * constants["scale"] + constants["offset"])
+        if card.grid is not None:
+            z = klt.over_grid(z, [constants[f"dct{n}"].T for n in card.grid])
+        return Coded(prefix, z.transpose(1, 2), constants["inverse"], constants["mean"])
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The constants, copied once: megabytes per tap, and each copy waits for what is queued on the device."""

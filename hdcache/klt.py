@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 import numcodecs
 import numpy as np
@@ -25,7 +26,9 @@ from torch import Tensor
 from hdcache.errors import UsageError
 
 # A component is stored as int16 when calibration comes within a factor two of int8's range.
-NARROW, WIDE, MARGIN = "uint8", "uint16", 63
+NARROW: Final = "uint8"
+WIDE: Final = "uint16"
+MARGIN = 63
 LIMITS = {"uint8": 127, "int8": 127, "uint16": 32767, "int16": 32767}
 FIT_TOKENS = 65536
 STEP_TOKENS = 16384
@@ -90,9 +93,9 @@ def unfold(stored: Tensor) -> Tensor:
 
 def over_grid(z: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Apply one matrix [n, n] along each axis of the token grid of ``z`` [R, K, N]; the shape stays."""
-    found = z.unflatten(-1, [len(matrix) for matrix in matrices])
+    found = z.reshape(*z.shape[:2], *(len(matrix) for matrix in matrices))
     for axis, matrix in enumerate(matrices):
-        found = (found.movedim(2 + axis, -1) @ matrix.T).movedim(-1, 2 + axis)
+        found = torch.movedim(torch.movedim(found, 2 + axis, -1) @ matrix.T, -1, 2 + axis)
     return found.flatten(2)
 
 
@@ -105,15 +108,6 @@ def components(patches: Tensor, constants: Mapping[str, Tensor], grid: tuple[int
 def rounded(z: Tensor, dead_zone: float) -> Tensor:
     """Whole numbers, half a step and ``dead_zone`` more being rounded up; NaN stays."""
     return z.round() if dead_zone == 0 else z.sign() * (z.abs() + (0.5 - dead_zone)).floor()
-
-
-def from_components(
-    z: Tensor, inverse: Tensor, mean: Tensor, grid: tuple[int, ...] | None, matrices: Sequence[Tensor] = ()
-) -> Tensor:
-    """Codes [R, K, N] -> patch tokens [R, N, D]; ``inverse`` [K, D] holds step and gain, ``matrices`` are transposed DCTs."""
-    if grid is not None:
-        z = over_grid(z, matrices)
-    return z.transpose(1, 2) @ inverse + mean
 
 
 def bound(eigenvalues: NDArray[np.float64], relative_rmse: float) -> float:
@@ -137,7 +131,8 @@ def fit_klt(tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | 
     """Choose basis, step and gain for patch tokens float32 [R, N, D], so that rows not seen have error ``fidelity``.
 
     The basis is of the first four fifths of the rows, step and gain of the last fifth: on its own rows a basis looks
-    better than it is (so they are where these are few). With ``grid`` (its product is N) a DCT over it is used where its codes are smaller.
+    better than it is (so they are where these are few). With ``grid`` (its product is N) a DCT over it is used where its codes are
+    smaller.
 
     Raises
     ------
@@ -158,9 +153,9 @@ def fit_klt(tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | 
     for candidate in dict.fromkeys([None, grid]):
         z = components(sample, basis, candidate)
         step, gain, kept = _search(z, fidelity) if varies else (1.0, torch.ones(channels), channels)
-        size = _size(rounded(z[:, :kept] / step, DEAD_ZONE))
-        if best is None or size < PAYS * best[0]:
-            best = size, candidate, step, gain, kept
+        found = _size(rounded(z[:, :kept] / step, DEAD_ZONE))
+        if best is None or found < PAYS * best[0]:
+            best = found, candidate, step, gain, kept
     assert best is not None  # noqa: S101  # programmer invariant: None is always a candidate
     _, chosen, step, gain, kept = best
     # A component is dropped only where calibration saw enough tokens to know that it is idle.
@@ -168,8 +163,10 @@ def fit_klt(tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | 
         kept = channels
     constants = basis | {"basis": basis["basis"][:, :kept].contiguous(), "step": torch.tensor([step])}
     peak = torch.zeros(kept)
-    for part in patches.cpu().split(max(1, STEP_TOKENS // tokens)):
-        peak = torch.maximum(peak, rounded(components(part, constants, chosen), DEAD_ZONE).abs().amax(dim=(0, 2)))
+    size = max(1, STEP_TOKENS // tokens)
+    for start in range(0, rows, size):
+        codes = rounded(components(patches[start : start + size].cpu(), constants, chosen), DEAD_ZONE)
+        peak = torch.maximum(peak, codes.abs().amax(dim=(0, 2)))
     if float(peak.max()) > LIMITS[WIDE] / 2:
         raise UsageError(
             f"tap {tap}: fidelity {fidelity:g} needs more than 16 bits for its largest component; "

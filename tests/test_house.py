@@ -55,6 +55,7 @@ LAYERS = [
     ["api", "chain"],
     ["__init__"],
     ["cli_options", "quickstart"],
+    ["cli_recipes"],
     ["cli"],
     ["__main__"],
 ]
