@@ -27,9 +27,9 @@ from hdcache.distill.amd_heads import AMDHeads, Counts, Generator, Split, projec
 from hdcache.distill.amd_teachers import check_layouts, free_name, mask_name, same_network
 from hdcache.distill.decoder import NormKind, hidden_patches, is_clip_network, pixel_decoder, pixel_targets
 from hdcache.distill.objective import Layout, Objective, Pool, Taps, student_layout
-from hdcache.errors import UsageError
-from hdcache.masks import visible_count
-from hdcache.schema import MaskSpec, TeacherCard
+from hdcache.errors import UsageError, next_to
+from hdcache.masks import hidden_count
+from hdcache.schema import TeacherCard
 from hdcache.taps import Tokens, forward_taps, num_blocks
 
 if TYPE_CHECKING:
@@ -181,13 +181,15 @@ class AMD(Objective):
         if "pixels" in self.use:
             width = self.decoder_width or own.width // 2
             if width % 4 and not clips:
+                most = width + max(64, 4 * self._decoder_heads(width))  # a multiple of 64 always fits its own heads
+                fitting = next_to(width, lambda n: n % 4 == 0 == n % self._decoder_heads(n), most)
                 raise UsageError(
                     f"the decoder's width {width}{'' if self.decoder_width else ' (half the student width)'} is not a multiple of "
-                    "4, which its positions need; set objective.decoder_width"
+                    f"4, which its positions need; set objective.decoder_width={fitting}"
                 )
             made.decoder = pixel_decoder(
                 student, pixel_targets(student, self.norm_pix, self.norm_kind, "amd"), width, self.decoder_depth,
-                self.decoder_heads or max(1, width // 64), generator, prefix=False, embed_bias=False,
+                self._decoder_heads(width), generator, prefix=False, embed_bias=False,
             )  # fmt: skip
         return made
 
@@ -241,6 +243,9 @@ class AMD(Objective):
             losses[part] = torch.stack(errors).mean()
         return losses
 
+    def _decoder_heads(self, width: int) -> int:
+        return self.decoder_heads or max(1, width // 64)
+
     def _kind(self, clips: bool) -> MaskKind:
         return self.mask or ("tube" if clips else "random")
 
@@ -271,6 +276,8 @@ class AMD(Objective):
         card = None if known is None else asked[known]
         clips = any(each.preprocessing.frames is not None for each in ([card] if card is not None else asked.values()))
         kind = self._kind(clips)
+        if card is not None:
+            self._counts(known or "", card)  # no command stores a mask that hides nothing
         name = "NAME" if known is None else free_name(known, self.teacher_mask_ratio, cards)
         adding = teacher_fit.add("and add it", name, self._flags(kind, known or "", card))
         return teacher_fit.Misfit(
@@ -303,9 +310,10 @@ class AMD(Objective):
         """How the student's tokens are drawn, once both ratios are known to leave some."""
         kind, cells = self._kind(card.preprocessing.frames is not None), card.grid[0] * card.grid[1]
         slots = card.slots if kind == "tube" else 1
+        drawn = cells * card.slots // slots
         among, seen = (
-            visible_count(MaskSpec(kind=kind, ratio=ratio), cells, card.slots) // slots
-            for ratio in (self.teacher_mask_ratio, self.student_mask_ratio)
+            drawn - hidden_count(drawn, getattr(self, field), f"objective.{field}")
+            for field in ("teacher_mask_ratio", "student_mask_ratio")
         )
         if "generation" in self.use and seen == among:
             raise UsageError(

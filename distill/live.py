@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from hdcache.distill.objective import Objective
 from hdcache.distill.settings import Recipe
 from hdcache.distill.teacher_fit import Misfit
 from hdcache.errors import UsageError
@@ -73,6 +74,23 @@ def reads_teachers(recipe: Recipe) -> bool:
         return bool(recipe.objective.wants({}))
     except UsageError:
         return True
+
+
+def teacher_fields(objective: Objective, cards: Mapping[str, TeacherCard], name: str) -> tuple[str, ...]:
+    """The settings that make ``objective`` read teacher ``name``: what names another one to read in its place."""
+    other = f"another {name}"  # a name that no teacher can have
+
+    def chooses(field: str) -> bool:
+        changed = objective.model_copy(update={field: other})
+        try:
+            return other in changed.wants({**cards, other: cards[name]})
+        except UsageError:
+            return False
+
+    fields = [field for field in type(objective).model_fields if field == "teacher" or field.endswith("_teacher")]
+    return tuple(
+        f"objective.{field}" for field in fields if getattr(objective, field) in (None, name) and chooses(field)
+    )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hdcache.errors import HdcacheError
 class Log:
     """``metrics.jsonl`` (and TensorBoard where it is installed).
 
-    One line every ``log_every`` steps, means over all ranks; and ``{"epoch", "step", "knn": {layer: percent}}`` for each
+    One line every ``log_every`` steps and at the end, means over all ranks; and ``{"epoch", "step", "knn": {layer: percent}}`` for each
     measurement of the student in between.
     """
 
@@ -67,13 +67,20 @@ class Log:
         position.logged, position.counted = self._totals(position.step), self._count
 
     def add(
-        self, position: Position, parts: dict[str, Tensor], group: dict[str, Any], batch_size: int, wait_share: float
+        self,
+        position: Position,
+        parts: dict[str, Tensor],
+        group: dict[str, Any],
+        batch_size: int,
+        wait_share: float,
+        *,
+        last: bool,
     ) -> float | None:
-        """Count a step; at the end of an interval write its means and return the mean loss."""
+        """Count a step; at the end of an interval, or of the run, write its means and return the mean loss."""
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         self._count += 1
-        if position.step % self._every and position.step != 1:
+        if position.step % self._every and position.step != 1 and not last:
             return None
         means = {name: value / self._count for name, value in self._totals(position.step).items()}
         now = time.monotonic()

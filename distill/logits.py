@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from hdcache.distill import teacher_fit
 from hdcache.distill.objective import Objective, Pool, Taps, linear, student_layout
-from hdcache.distill.supervised import check_labels
+from hdcache.distill.supervised import check_labels, check_pooled
 from hdcache.errors import UsageError
 from hdcache.relations import relation_kl
 from hdcache.schema import TeacherCard
@@ -74,7 +74,13 @@ class Logits(Objective):
     def wants(self, cards: Mapping[str, TeacherCard]) -> dict[str, tuple[str, ...]]:
         """One teacher's ``logits``."""
         name = self._teacher(cards)
-        teacher_fit.whole_images(name, cards[name], "", ("logits",))
+        try:
+            teacher_fit.whole_images(name, cards[name], "", ("logits",))
+        except teacher_fit.Misfit as error:
+            if cards[name].classes:
+                raise
+            # Stored once more without its mask, it would still have no classifier.
+            raise teacher_fit.Misfit(_unclassified(name), live=error.live) from None
         return {name: ("logits",)}
 
     def pool_trained(self) -> Pool:
@@ -92,19 +98,14 @@ class Logits(Objective):
         (name,) = self.wants(cards)
         classes = cards[name].classes
         if not classes:
-            raise UsageError(
-                f"objective 'logits' needs the class probabilities of teacher {name!r}, which was run without a "
-                f"classifier; set objective.teacher={name}-2 and add it, from a checkpoint that has one: "
-                f"{teacher_fit.extract_command(f'{name}-2', FLAGS)}"
-            )
+            raise UsageError(_unclassified(name))
         if self.hard_labels and num_classes != classes:
             raise UsageError(
                 f"objective.hard_labels needs labels that are the teacher's classes, but the data set has {num_classes} "
                 f"and teacher {name!r} {classes}; set objective.hard_labels=false"
             )
         layout = student_layout(student)
-        if self.pool == "class-token" and not layout.prefix:
-            raise UsageError("objective.pool is 'class-token', which the student lacks; set objective.pool=mean")
+        check_pooled(student, self.pool)
         return SoftLabelHead(name, linear(layout.width, classes, generator))
 
     def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
@@ -144,3 +145,11 @@ class Logits(Objective):
             )
         among = (able or cards) if self.teacher is None else cards
         return teacher_fit.choose_teachers({"": self.teacher}, among, {"": FLAGS})[""]
+
+
+def _unclassified(name: str) -> str:
+    return (
+        f"objective 'logits' needs the class probabilities of teacher {name!r}, which was run without a classifier; set "
+        f"objective.teacher={name}-2 and add it, from a checkpoint that has one: "
+        f"{teacher_fit.extract_command(f'{name}-2', FLAGS)}"
+    )

@@ -3,7 +3,8 @@
 Legend: B images, P prefix tokens (class, registers), N patch tokens, T = P + N, D width.
 
 An objective is a frozen record of settings (a part of the recipe) and holds no tensors. What it trains beside
-the student lives in the module that ``build`` returns; that module is thrown away when training ends.
+the student lives in the module that ``build`` returns; that module is thrown away when training ends, but for what
+``classifier`` names.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class Objective(Record):
 
     def averaged(self, heads: nn.Module) -> nn.Module | None:
         """The momentum copy of the student that ``heads`` keeps and that evaluation prefers, or None."""
+        return None
+
+    def classifier(self, heads: nn.Module) -> nn.Linear | None:
+        """The layer among ``heads`` from :meth:`pool_trained` of ``final`` to the data set's classes that stays with the
+        student, or None."""
         return None
 
     def refuse_unread(self, fields: Iterable[str], reader: str) -> None:

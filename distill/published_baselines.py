@@ -188,7 +188,7 @@ _SUPERVISED = Entry(
 _SUPERVISED_TINY = derive(
     _SUPERVISED,
     "supervised-tiny",
-    "a small labelled network on a CPU: teacher or baseline",
+    "a small labelled network on a CPU: teacher (of soft labels too) or baseline",
     {
         "student": StudentSpec(architecture="vit_tiny_patch16_224", arguments=dict(TINY_TEACHER)),
         "betas": (0.9, 0.95),
@@ -243,6 +243,7 @@ _LOGITS_TINY = derive(
         "betas": (0.9, 0.95),
         **TINY_RUN,
     },
+    teacher="supervised-tiny or any with a classifier, stored with --tap logits --top-k 10",
     sources=TINY
     | {
         "student.init": "ours: as the other small networks",

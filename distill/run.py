@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from hdcache import draws
-from hdcache.backbones import save_student
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.changes import merge, nested_changes, validated
-from hdcache.distill.live import choose_teachers, commands_of
+from hdcache.distill.live import choose_teachers, commands_of, teacher_fields
 from hdcache.distill.ranks import join_ranks, leave_ranks, rank_device
 from hdcache.distill.recipes import get_recipe, recipe_from_file
+from hdcache.distill.run_videos import unreadable_videos
 from hdcache.distill.run_views import choose_views
 from hdcache.distill.settings import Recipe
 from hdcache.distill.student import build_student, student_input
@@ -36,9 +36,11 @@ from hdcache.durable import durable_write
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.loader import Loader
 from hdcache.options import Options, Trained
+from hdcache.progress import counted, duration
 from hdcache.resources import available_cores
 from hdcache.schema import MaskSpec, ViewSpec
 from hdcache.store import Store, write_lock
+from hdcache.student_files import save_student
 from hdcache.taps import num_blocks
 from hdcache.target_sources import open_targets
 from hdcache.teachers import Teacher, choose_device
@@ -126,8 +128,9 @@ def distill(
     with commands_of(opened):
         heads = plan.objective.build(student, cards, len(dataset.card.classes), generator)
     stored, running = open_targets(
-        opened, wanted, live=live, device=where, dtype=target_dtype(plan, opened, wanted, where)
-    )
+        opened, wanted, live=live, device=where, dtype=target_dtype(plan, opened, wanted, where),
+        fields={name: teacher_fields(plan.objective, cards, name) for name in wanted},
+    )  # fmt: skip
     options = Options(
         batch_size=plan.batch_size,
         preprocessing=student_input(student),
@@ -153,6 +156,8 @@ def distill(
         num_views=num_views,
         teachers=list(wanted),
     )
+    if opened is None and dataset.card.kind == "video":
+        loader.leave_out(unreadable_videos(dataset, spec, folder, ranks, threads=options.threads, quiet=quiet))
     about = identity(plan, dataset, opened, loader, wanted, online, live) | {
         "precision": str(autocast_precision(plan, where))
     }
@@ -163,7 +168,9 @@ def distill(
         def publish(averaged: nn.Module | None) -> None:
             facts = {"recipe": plan.model_dump(mode="json"), "trained_from": about, "pool_trained": pool}
             named, given = plan.student.architecture, plan.student.arguments
-            save_student(folder, student, named, given, options.preprocessing, last_trained, facts)
+            kept = plan.objective.classifier(heads)
+            save_student(folder, student, named, given, options.preprocessing, last_trained, facts, kept)
+            # A head that was trained beside the student does not fit its average.
             if averaged is not None:
                 save_student(folder / "ema", averaged, named, given, options.preprocessing, last_trained, facts)
 
@@ -198,17 +205,12 @@ def header(recipe: Recipe, loader: Loader, device: torch.device, folder: Path, n
         views = f"a new view ({name}) in each epoch"
     else:
         stored = "" if loader.store is None else "stored "
-        views = f"{counted(len(loader.views), f'{stored}view')} ({name})"
+        views = f"{counted(len(loader.views), f'{stored}views')} ({name})"
     return (
-        f"{recipe.name}: {len(loader.ids):,} {loader.dataset.card.noun}, {views}, {counted(steps, 'step')} of {recipe.batch_size} "
-        f"in {counted(recipe.epochs, 'epoch')}, "
+        f"{recipe.name}: {counted(len(loader.ids) - len(loader.left_out), loader.dataset.card.noun)}, {views}, "
+        f"{counted(steps, 'steps')} of {recipe.batch_size} in {counted(recipe.epochs, 'epochs')}, "
         f"peak learning rate {recipe.peak_lr():.3g}, {autocast_precision(recipe, device) or torch.float32} on {device}, to {folder}\n"
     )
-
-
-def counted(number: int, what: str) -> str:
-    """``1 epoch``, ``2 epochs``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None) -> Recipe:
@@ -282,6 +284,7 @@ def identity(
         "views": loader.spec.model_dump(mode="json"),
         "num_views": len(loader.views),
         **({"recorded_views": recorded} if recorded else {}),
+        **({"left_out": loader.left_out} if loader.left_out else {}),
     }
 
 
@@ -320,13 +323,14 @@ def format_run(result: Mapping[str, Any]) -> str:
     """The record as a few lines."""
     source = "teachers in the loop" if result["online"] else "targets from the store"
     where = source if result["targets"] else "no teacher"
+    noun = "videos" if result["data"]["kind"] == "video" else "images"
     loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"
     return (
-        f"{result['recipe']}: {result['steps']:,} steps in {result['seconds']:.0f} s, {where}; "
+        f"{result['recipe']}: {counted(result['steps'], 'steps')} in {duration(result['seconds'])}, {where}; "
         f"{result['samples_per_second']:,.0f} samples/s, {100 * result['wait_share']:.0f} % of the time waiting for data; last loss {loss}\n"
         f"frozen features are best read at {result['last_trained']}, the last layer that training reached\n"
         + (
-            f"{len(result['dropped'])} {'videos' if result['data']['kind'] == 'video' else 'images'} could not be read and were left out (run.json names them)\n"
+            f"{counted(len(result['dropped']), noun)} could not be read and took no part (see 'dropped' in run.json)\n"
             if result["dropped"]
             else ""
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from hdcache.backbones import clip_preprocessing, create_vit
 from hdcache.distill.decoder import is_clip_network, sincos_positions
 from hdcache.distill.objective import initialise
 from hdcache.distill.settings import StudentSpec
-from hdcache.errors import UsageError
+from hdcache.errors import UsageError, next_to
 from hdcache.schema import Preprocessing
 
 
@@ -37,7 +38,10 @@ def build_student(spec: StudentSpec, seed: int) -> nn.Module:
             "use student.drop_path, or leave it out"
         )
     model: Any = create_vit(
-        spec.architecture, dict(spec.arguments) | {"num_classes": 0}, seed=draws.integer_seed(seed, "student")
+        spec.architecture,
+        dict(spec.arguments) | {"num_classes": 0},
+        seed=draws.integer_seed(seed, "student"),
+        group="student.arguments.",
     )
     generator = torch.Generator().manual_seed(draws.integer_seed(seed, "student-mae"))
     if spec.init == "mae":
@@ -79,8 +83,16 @@ def _fix_positions(model: Any) -> None:
     """Fixed 2-D sine-cosine position embedding (He et al. 2021; TinyMIM A7), zero for prefix tokens."""
     if model.pos_embed is None:
         raise UsageError("the student has no position embedding; set student.sincos_positions=false")
+    width = int(model.embed_dim)
+    if width % 4:
+        step = math.lcm(4, *(part.num_heads for part in model.modules() if hasattr(part, "num_heads")))
+        widths = next_to(width, lambda number: number % step == 0, width + step)
+        raise UsageError(
+            f"student.arguments.embed_dim {width} is not a multiple of 4, which fixed positions need; "
+            f"set student.arguments.embed_dim={widths}, or student.sincos_positions=false"
+        )
     grid = tuple(model.patch_embed.grid_size)
-    table = sincos_positions(int(model.embed_dim), (int(grid[0]), int(grid[1])))
+    table = sincos_positions(width, (int(grid[0]), int(grid[1])))
     embedding = torch.cat([table.new_zeros(model.pos_embed.shape[1] - len(table), table.shape[1]), table])
     model.pos_embed = nn.Parameter(embedding.unsqueeze(0), requires_grad=False)
 

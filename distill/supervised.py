@@ -1,6 +1,7 @@
 """Plain supervised training: cross-entropy of a linear head. It needs labels and no teacher.
 
-The quickstart trains one of its own teachers with it; it is also the "from scratch" line of a comparison.
+The quickstart trains one of its own teachers with it; it is also the "from scratch" line of a comparison. Its head stays
+with the student, which can so be a teacher of soft labels.
 
 Legend: B images, N patch tokens, D width.
 """
@@ -55,10 +56,13 @@ class Supervised(Objective):
                 f"objective 'supervised' needs labels of at least 2 classes, but the data set has {num_classes}; "
                 "use a labelled data set (one folder per class) or an objective that needs no labels, such as 'mae'"
             )
-        layout = student_layout(student)
-        if self.pool == "class-token" and not layout.prefix:
-            raise UsageError("objective.pool is 'class-token', which the student lacks; set objective.pool=mean")
-        return linear(layout.width, num_classes, generator)
+        check_pooled(student, self.pool)
+        return linear(student_layout(student).width, num_classes, generator)
+
+    def classifier(self, heads: nn.Module) -> nn.Linear:
+        """The linear layer."""
+        assert isinstance(heads, nn.Linear)  # noqa: S101  # programmer invariant: what build returned
+        return heads
 
     def loss(self, batch: Batch, taps: Taps, heads: nn.Module) -> dict[str, Tensor]:
         """Cross-entropy in nats, mean over the batch.
@@ -74,6 +78,12 @@ class Supervised(Objective):
         pooled = tokens.prefix[:, 0] if self.pool == "class-token" else tokens.patches.mean(1)
         logits = heads(pooled).float()
         return {"cross_entropy": cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)}
+
+
+def check_pooled(student: nn.Module, pool: str) -> None:
+    """Refuse to read a class token of a student without one."""
+    if pool == "class-token" and not getattr(student, "has_class_token", False):
+        raise UsageError("objective.pool is 'class-token', which the student lacks; set objective.pool=mean")
 
 
 def check_labels(batch: Batch, kind: str) -> None:

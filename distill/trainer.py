@@ -173,7 +173,8 @@ def train(
                 position.batch += 1
                 session = time.monotonic() - started
                 share = (loader.waited - waited) / max(session, 1e-9)
-                line = log.add(position, parts, optimizer.param_groups[0], recipe.batch_size, share)
+                ends = position.step == total
+                line = log.add(position, parts, optimizer.param_groups[0], recipe.batch_size, share, last=ends)
                 bar.advance(
                     recipe.batch_size,
                     f"loss {line:.4f}  waiting for data {100 * share:.0f} %" if line is not None else "",

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hdcache.backbones import CONFIG_FILE, Backbone, normalize
+from hdcache.backbones import Backbone, normalize
 from hdcache.datasets import Dataset
 from hdcache.errors import InputNotFound, UnreadableImage, UsageError
 from hdcache.samples import open_sample
 from hdcache.schema import Preprocessing, ViewSpec
+from hdcache.student_files import CONFIG_FILE
 from hdcache.taps import Tokens, forward_taps, parse_tap
 from hdcache.views import PRESETS
 

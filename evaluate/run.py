@@ -19,6 +19,7 @@ from hdcache.errors import UsageError
 from hdcache.evaluate.embed import FRACTION, Features, all_layers, centre_view, check_layer, check_pool, embed_layers
 from hdcache.evaluate.knn import KnnResult, faiss_version, knn_classify
 from hdcache.evaluate.vote import KS, TEMPERATURE, check_settings, refuse_unlabelled
+from hdcache.progress import counted
 from hdcache.teachers import choose_device
 
 SCHEMA = 1
@@ -198,7 +199,7 @@ def format_table(result: dict[str, Any]) -> str:
         f"{chance['majority']:.2f} % by always saying the bank's largest class",
     ]
     lines += [
-        f"failed   {len(facts['failed'])} samples of {facts['spec']} unreadable, first {next(iter(facts['failed']))}"
+        f"failed   {counted(len(facts['failed']), 'samples')} of {facts['spec']} unreadable, first {next(iter(facts['failed']))}"
         for facts in (data, result["test"])
         if facts and facts["failed"]
     ]

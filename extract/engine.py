@@ -26,6 +26,7 @@ from hdcache.errors import InputNotFound, StoreMismatch, TooManyFailures, Unread
 from hdcache.extract.writer import Row, ViewWriter, is_recorded
 from hdcache.masks import pack_visible
 from hdcache.plain_encodings import Parts
+from hdcache.progress import counted
 from hdcache.reader import MASK_ARRAY, read_shard_geometry
 from hdcache.rendering import input_shape
 from hdcache.resources import memory_budget
@@ -243,7 +244,7 @@ class Pipeline:
     def _check_failures(self) -> None:
         if self.max_failures is not None and len(self.timing.failed) > self.max_failures:
             raise TooManyFailures(
-                f"{len(self.timing.failed)} {self.dataset.card.noun} failed, more than --max-failures {self.max_failures}; "
+                f"{counted(len(self.timing.failed), self.dataset.card.noun)} failed, more than --max-failures {self.max_failures}; "
                 f"the first: {next(iter(self.timing.failed.values()))}"
             )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hdcache.extract.engine import Timing
 from hdcache.masks import mask_facts, mask_text
-from hdcache.progress import size
+from hdcache.progress import counted, size
 from hdcache.reader import TeacherReader
 from hdcache.schema import TeacherRecord
 from hdcache.store import Store
@@ -62,8 +62,8 @@ def format_summary(summary: ExtractSummary) -> str:
     lines = []
     for name, facts in summary.teachers.items():
         lines.append(
-            f"{summary.store}: teacher {name}, {facts['rows']:,} rows, {size(facts['bytes'])} "
-            f"({facts['rows_written']:,} rows written at {facts['rows_per_second']:,.0f} rows/s, bottleneck: {facts['bottleneck']})"
+            f"{summary.store}: teacher {name}, {counted(facts['rows'], 'rows')}, {size(facts['bytes'])} "
+            f"({counted(facts['rows_written'], 'rows')} written at {facts['rows_per_second']:,.0f} rows/s, bottleneck: {facts['bottleneck']})"
         )
         if facts["mask"] is not None:
             lines.append(f"  {mask_text(facts['mask'])}")
@@ -73,11 +73,11 @@ def format_summary(summary: ExtractSummary) -> str:
             )
         if facts["saturated"]:
             lines.append(
-                f"  {facts['saturated']:,} values were clipped to their integer range; see docs/store-format.md"
+                f"  {counted(facts['saturated'], 'values')} clipped to the integer range; see docs/store-format.md"
             )
     if summary.failed:
         lines.append(
-            f"{len(summary.failed)} samples failed and are recorded as failed rows; the same command tries them again:"
+            f"{counted(len(summary.failed), 'samples')} failed (recorded as failed rows); the same command tries again:"
         )
         lines += [f"  {reason}" for reason in list(summary.failed.values())[:20]]
         if len(summary.failed) > 20:

@@ -1,4 +1,4 @@
-"""Build a timm ViT from a spec, load weights strictly, and save a student that timm itself can load.
+"""Build a timm ViT from a spec, and load its weights strictly.
 
 Specs, the same on the command line and in Python:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import ssl
 import urllib.error
 import urllib.request
@@ -30,18 +30,16 @@ from urllib.parse import unquote
 import huggingface_hub
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import load_pretrained
 from torch import Tensor, nn
 
-from hdcache.checkpoints import first_line, fitted, is_head, load_strictly, read_state, unwrapped
-from hdcache.errors import InputNotFound, UsageError, nearest
+from hdcache.checkpoints import first_line, fitted, load_strictly, read_state, unwrapped
+from hdcache.errors import InputNotFound, UsageError, nearest, next_to
 from hdcache.schema import Preprocessing
+from hdcache.student_files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from hdcache.taps import num_blocks
 from hdcache.video_vit import fix_video_positions, video_arguments, without_unset
-
-WEIGHTS_FILE, CONFIG_FILE = "student.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def load_backbone(spec: str, *, img_size: int | None = None, classifier: bool = 
     """
     folder = Path(spec).expanduser()
     if "?" not in spec and (folder / CONFIG_FILE).is_file():
-        return _load_student(folder, img_size)
+        return _load_student(folder, img_size, classifier)
     kind, name, options = parse_spec(spec)
     if img_size is not None:
         options["img_size"] = img_size
@@ -146,11 +144,12 @@ def _scalar(text: str) -> Any:
 
 
 def create_vit(
-    architecture: str, arguments: Mapping[str, Any], *, pretrained: bool = False, seed: int = 0
+    architecture: str, arguments: Mapping[str, Any], *, pretrained: bool = False, seed: int = 0, group: str = ""
 ) -> nn.Module:
     """``timm.create_model``, with initial weights that depend on ``seed`` alone and the global generator untouched.
 
-    With ``frames`` among the arguments, a network of clips (:func:`hdcache.video_vit.video_arguments`).
+    With ``frames`` among the arguments, a network of clips (:func:`hdcache.video_vit.video_arguments`). ``group`` is what
+    the user writes before the name of an argument (``student.arguments.``).
     """
     if arguments.get("in_chans", 3) != 3:
         raise UsageError(f"{architecture}: in_chans {arguments['in_chans']}; images have 3 channels, leave it out")
@@ -178,12 +177,32 @@ def create_vit(
                 f"weights of {architecture} could not be fetched ({first_line(error)}); "
                 f"with no network give timm:{architecture}?checkpoint=FILE"
             ) from None
-        raise UsageError(f"{architecture} with {dict(arguments)}: {first_line(error)}") from None
+        heads = _undivided(architecture, arguments, group)
+        raise UsageError(heads or f"{architecture} with {dict(arguments)}: {first_line(error)}") from None
     if not num_blocks(model):
         raise UsageError(f"{architecture} with {dict(arguments)}: depth must be at least 1")
     if clips:
         fix_video_positions(model)
     return model
+
+
+def _undivided(architecture: str, arguments: Mapping[str, Any], group: str) -> str | None:
+    """What to say where the width of a network is not a multiple of its heads; None: something else is wrong."""
+    if {"embed_dim", "num_heads"}.isdisjoint(arguments) or not timm.is_model(architecture):
+        return None
+    with torch.device("meta"):
+        own: Any = timm.create_model(architecture)
+    heads = [part.num_heads for part in own.modules() if hasattr(part, "num_heads")]
+    wanted = {"embed_dim": getattr(own, "embed_dim", None), "num_heads": heads[0] if heads else None}
+    width, count = (arguments.get(name, default) for name, default in wanted.items())
+    if type(width) is not int or type(count) is not int or width < 1 or (count > 0 and width % count == 0):
+        return None
+    # Fixed positions need a multiple of 4.
+    step = math.lcm(4, max(1, count))
+    widths = f"{group}embed_dim={next_to(width, lambda number: number % step == 0, width + step)}"
+    counts = f"{group}num_heads={next_to(count, lambda number: width % number == 0, width)}"
+    fixes = [counts] if count < 1 else [widths] if width % 4 else [counts, widths]
+    return f"{architecture}: num_heads {count} does not divide embed_dim {width}; set {', or '.join(fixes)}"
 
 
 def _check_hub_weights(model: nn.Module, architecture: str) -> None:
@@ -284,65 +303,15 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def save_student(
-    folder: Path,
-    model: nn.Module,
-    architecture: str,
-    arguments: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    last_trained: str,
-    about: Mapping[str, Any],
-) -> None:
-    """Write ``student.safetensors`` (exactly timm's keys, no classifier) and ``config.json`` (timm's format).
-
-    ``timm.create_model(architecture, num_classes=0, checkpoint_path="student.safetensors", **arguments)`` loads it,
-    unless it is a network of clips: ``model_args`` then holds ``frames`` and ``tubelet``, which :func:`load_backbone`
-    alone understands.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items() if not is_head(k)}
-    embed: Any = model.patch_embed
-    clips = {"frames": embed.frames, "tubelet": embed.tubelet} if hasattr(embed, "tubelet") else {}
-    config = {
-        "architecture": architecture,
-        "num_classes": 0,
-        "num_features": int(model.num_features),  # type: ignore[arg-type]  # nn.Module's attributes are untyped
-        "model_args": {key: value for key, value in without_unset(arguments).items() if key != "num_classes"} | clips,
-        "pretrained_cfg": {
-            "input_size": [3, preprocessing.size, preprocessing.size],
-            "fixed_input_size": True,
-            "interpolation": preprocessing.interpolation,
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "crop_pct": 0.875,
-            "num_classes": 0,
-        },
-        "hdcache": {"preprocessing": preprocessing.model_dump(mode="json"), "last_trained": last_trained, **about},
-    }
-    weights = folder / WEIGHTS_FILE
-    save_file(state, f"{weights}.partial", metadata={"format": "pt"})  # two entries would come in random order
-    os.replace(f"{weights}.partial", weights)
-    partial = folder / f"{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(config, indent=1, sort_keys=True))
-    os.replace(partial, folder / CONFIG_FILE)
-
-
-def _load_student(folder: Path, img_size: int | None) -> Backbone:
-    weights = folder / WEIGHTS_FILE
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        architecture = str(config["architecture"])
-        arguments = dict(config["model_args"]) | {"num_classes": 0}
-        about = config["hdcache"]
-        preprocessing = Preprocessing.model_validate(about["preprocessing"])
-        last_trained, pool = str(about["last_trained"]), str(about.get("pool_trained", "cls"))  # old folders lack it
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputNotFound(f"{folder / CONFIG_FILE}: not a student that hdcache wrote ({error!r})") from None
+def _load_student(folder: Path, img_size: int | None, classifier: bool) -> Backbone:
+    config = read_config(folder)
+    weights, preprocessing = folder / WEIGHTS_FILE, config.preprocessing
+    arguments = config.arguments | {"num_classes": config.classes if classifier else 0}
     state = read_state(weights)
     if img_size is not None and img_size != preprocessing.size:
         arguments["img_size"] = img_size
         preprocessing = preprocessing.model_copy(update={"size": img_size})
-    model = create_vit(architecture, arguments)
+    model = create_vit(config.architecture, arguments)
     load_strictly(model, state, str(weights))
-    found = _freeze(model, architecture, arguments, str(folder), "unknown", last_trained, preprocessing)
-    return replace(found, pool_trained=pool)
+    found = _freeze(model, config.architecture, arguments, str(folder), "unknown", config.last_trained, preprocessing)
+    return replace(found, pool_trained=config.pool_trained)

@@ -34,7 +34,7 @@ from hdcache.distill.student import build_student, student_input
 from hdcache.durable import durable_write
 from hdcache.errors import StoreMismatch, UsageError
 from hdcache.extract.run import extract
-from hdcache.progress import duration, size
+from hdcache.progress import counted, duration, size
 from hdcache.records import check_name, differences
 from hdcache.schema import ViewSpec
 from hdcache.store import Store
@@ -273,7 +273,7 @@ def format_chain(result: Mapping[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     failed = sum(len(stage["failed"]) for stage in result["stages"])
     if failed:
-        lines.append(f"{failed} images failed in extraction (--json names them); the same command tries them again")
+        lines.append(f"{counted(failed, 'samples')} failed in extraction (see --json); the same command tries again")
     last = result["stages"][-1]
     lines.append(f"score it: hdcache knn-eval {last['preferred']} --train DATA --test DATA")
     return "\n".join(lines)

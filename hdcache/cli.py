@@ -66,8 +66,9 @@ def extract(
 ) -> None:
     """Run teachers over DATA once and store what they computed.
 
-    DATA: a folder of class folders, tars (shard-{000..099}.tar), an .npz, hf:OWNER/NAME?split=train,
-    torchvision:CIFAR10?root=DIR. It may be left out for a store that exists. The same command again goes on.
+    DATA: a folder of class folders, video:DIR where they hold videos, tars (shard-{000..099}.tar), an .npz,
+    hf:OWNER/NAME?split=train, torchvision:CIFAR10?root=DIR. It may be left out for a store that exists. The same
+    command again goes on.
     """
     if dry_run:
         context.invoke(plan, data=data, as_json=as_json, quiet=quiet, verbose=verbose, **settings)

@@ -7,7 +7,7 @@ The command line prints it as one line and leaves with ``exit_code``; Python use
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class HdcacheError(Exception):
@@ -75,3 +75,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
+
+
+def next_to(number: int, fits: Callable[[int], bool], most: int) -> str:
+    """``48 or 52`` for 50: the nearest numbers below and above that fit, from 1 to ``most``."""
+    below = next((n for n in range(min(number, most + 1) - 1, 0, -1) if fits(n)), None)
+    above = next((n for n in range(max(number, 0) + 1, most + 1) if fits(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)

@@ -7,7 +7,7 @@ and the Rust reader cannot be forked. Stored codes travel to the device as they 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -88,8 +88,17 @@ class Loader:
         """Seconds that the consumer has spent waiting for batches."""
         self.dropped: dict[str, str] = {}
         """Samples that could not be read while training without a store: id -> reason."""
+        self.left_out: dict[str, str] = {}
+        """Those of them that were known before the first step, and that no batch asks for."""
+        self._present = np.ones(len(self.ids), bool)
         self._next_epoch = 0
         self._prefetch = self._affordable_prefetch()
+
+    def leave_out(self, unreadable: Mapping[str, str]) -> None:
+        """Take no row of these samples, id -> reason, as a store takes none that failed; said before the first step."""
+        self.left_out = dict(unreadable)
+        self.dropped |= self.left_out
+        self._present = np.array([sample_id not in self.left_out for sample_id in self.ids])
 
     def _affordable_prefetch(self) -> int:
         """Batches to prepare ahead: what was asked for, or as many as fit the byte budget. The order never changes."""
@@ -132,6 +141,8 @@ class Loader:
         good = np.ones(len(self.ids), bool)
         for seal in self.seals(view).values():
             good[list(seal.failed)] = False
+        if self.left_out:
+            good &= self._present[self._table(view)[1]]
         found = np.flatnonzero(good)
         if not len(found):
             raise InputNotFound(f"no row of view {view} is usable: every one failed in extraction")
@@ -145,7 +156,9 @@ class Loader:
 
     def batches_per_epoch(self, epoch: int = 0) -> int:
         """Global batches of an epoch."""
-        count, size = len(self.rows(self._view(epoch))), self.options.batch_size
+        # Views that nothing has recorded have the same rows in another order, which takes time to draw.
+        count = len(self.rows(self._view(epoch))) if self.store is not None else int(self._present.sum())
+        size = self.options.batch_size
         batches = count // size if self.options.drop_last else -(-count // size)
         if not batches:
             raise UsageError(f"{count} usable rows do not fill one batch of {size}; choose a smaller batch_size")

@@ -93,6 +93,11 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{max(0.0, seconds):.1f}s"
 
 
+def counted(number: int, what: str) -> str:
+    """``1, "epochs"`` -> ``1 epoch``; ``2000, "epochs"`` -> ``2,000 epochs``."""
+    return f"{number:,} {what.removesuffix('s') if number == 1 else what}"
+
+
 def size(count: float) -> str:
     """``1536`` -> ``1.5 KB`` (powers of 1000)."""
     for unit in ("B", "KB", "MB", "GB", "TB"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,17 +74,11 @@ def open_views(
     StoreMismatch
         when ``recorded`` belongs to another source than the one found now, or names frames that it does not have.
     """
-    try:
+    with _named(sample_id):
         source = dataset.read(sample_id)
         if spec.frames is not None:
             return _open_clips(source, sample_id, spec, view, recorded, fresh)
         image = decode(source)
-    except InputNotFound:
-        raise  # not a broken image but the wrong data set
-    except UnreadableImage as error:
-        raise UnreadableImage(f"{sample_id}: {str(error).removeprefix(f'{sample_id}: ')}") from None
-    except OSError as error:
-        raise UnreadableImage(f"{sample_id}: {error.strerror or error}") from None
     found = digest(source)
     first = (
         _drawn((image,), found, spec, sample_id, view)
@@ -93,15 +88,40 @@ def open_views(
     return [first, *(_drawn((image,), found, spec, sample_id, number) for number in fresh)]
 
 
+def check_clip(dataset: Dataset, sample_id: str, spec: ViewSpec) -> None:
+    """:class:`UnreadableImage` for what is no video, or one shorter than the clip, as :func:`open_views` has it.
+
+    No frame is decoded, but to count those of AVI and VP8: whether one is damaged is not known.
+    """
+    with _named(sample_id):
+        draw_frames(spec, sample_id, 0, Video(_encoded(dataset.read(sample_id))).count)
+
+
+@contextmanager
+def _named(sample_id: str) -> Iterator[None]:
+    try:
+        yield
+    except InputNotFound:
+        raise  # not a broken image but the wrong data set
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{sample_id}: {str(error).removeprefix(f'{sample_id}: ')}") from None
+    except OSError as error:
+        raise UnreadableImage(f"{sample_id}: {error.strerror or error}") from None
+
+
+def _encoded(source: Source) -> bytes:
+    if not isinstance(source, bytes):
+        raise UnreadableImage("an array of pixels, not a video")
+    return source
+
+
 def _open_clips(
     source: Source, sample_id: str, spec: ViewSpec, view: int, recorded: Recorded | None, fresh: Sequence[int]
 ) -> list[OpenedSample]:
-    if not isinstance(source, bytes):
-        raise UnreadableImage("an array of pixels, not a video")
     found = digest(source)
     if recorded is not None:
         _check_source(found, sample_id, recorded)  # other bytes may have fewer frames
-    video = Video(source)
+    video = Video(_encoded(source))
     if recorded is not None and max(_recorded_frames(recorded)) >= video.count:
         raise StoreMismatch(
             f"{sample_id}: frame {max(_recorded_frames(recorded))} is recorded, but the video has {video.count} frames; "

@@ -39,9 +39,16 @@ def as_extracted(record: TeacherRecord) -> str:
 
 
 class StoredTargets:
-    """Targets from sealed rows of one teacher."""
+    """Targets from sealed rows of one teacher; ``fields`` are the settings that name it."""
 
-    def __init__(self, reader: TeacherReader, targets: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        reader: TeacherReader,
+        targets: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        fields: Sequence[str] = (),
+    ) -> None:
         self.reader, self.name, self.dtype = reader, reader.name, dtype
         record = reader.record
         self.masked = record.card.mask is not None
@@ -55,6 +62,7 @@ class StoredTargets:
             again=reader.store.free_name(self.name),
             model=record.source or "MODEL",
             options=as_extracted(record),
+            fields=fields,
         )
         weights = {name: torch.from_numpy(np.array(value)).to(device) for name, value in reader.weights.items()}
         self.derivation: Derivation = derivation(plan, record.attention, weights)
@@ -165,8 +173,12 @@ def open_targets(
     live: Mapping[str, Teacher] | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    fields: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[StoredTargets], list[LiveTargets]]:
-    """Targets by teacher name: live for the teachers in ``live``, from ``store`` for all others."""
+    """Targets by teacher name: live for the teachers in ``live``, from ``store`` for all others.
+
+    ``fields`` (teacher -> settings that name it) are for messages, of training from a recipe.
+    """
     known = store.teachers() if store is not None else []
     running = {
         name: LiveTargets(teacher, wanted[name], list(store.teacher(name).taps) if store and name in known else ())
@@ -179,5 +191,6 @@ def open_targets(
         if name not in running:
             if store is None:
                 raise UsageError(f"no store to read targets of teacher {name!r} from")
-            stored.append(StoredTargets(TeacherReader(store, name), targets, where, dtype))
+            named = (fields or {}).get(name, ())
+            stored.append(StoredTargets(TeacherReader(store, name), targets, where, dtype, named))
     return stored, list(running.values())

@@ -165,11 +165,12 @@ def plan_targets(
     again: str = "NAME",
     model: str = "MODEL",
     options: str = "",
+    fields: Sequence[str] = (),
 ) -> dict[str, str]:
     """For each target the held tap that gives it.
 
-    The rest is for the error's text: ``command`` adds a teacher to ``store``, ``again`` is a free name for this one, and
-    ``model`` and ``options`` are how extraction was told of it.
+    The rest is for the error's text: ``command`` adds a teacher to ``store``, ``again`` is a free name for this one,
+    ``model`` and ``options`` are how extraction was told of it, and ``fields`` the settings that name it.
 
     Raises
     ------
@@ -183,11 +184,12 @@ def plan_targets(
             plan[name] = found
     if len(plan) < len({*targets}):
         # The other name has to hold all that is read, what is held here included: a recipe's field names one teacher.
+        named = " and ".join(f"{field}={again}" for field in fields)
+        asked = f"set {named}" if named else f"ask for teacher {again!r}"
         taps = " ".join(f"--tap {tap}" for tap in sorted({sources(parse_tap(name))[0] for name in targets}))
         raise InputNotFound(
             f"{store}: teacher {teacher!r} holds {', '.join(held)}, which cannot give {', '.join(t for t in targets if t not in plan)}; "
-            f"store it under another name too and set the recipe's teacher field to {again}: "
-            f"{command} --teacher {shlex.quote(f'{again}={model}')}{options} {taps}"
+            f"{asked}, and store it under that name too: {command} --teacher {shlex.quote(f'{again}={model}')}{options} {taps}"
         )
     return plan
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,23 @@ def parse_views(text: str, seed: int = 0) -> ViewSpec:
         raise UsageError(f"views {text!r}: {first_fault(error)}") from None
 
 
+def views_text(spec: ViewSpec) -> str:
+    """What :func:`parse_views` reads as the clips of ``spec``: the nearest preset, and as options what it has otherwise."""
+
+    def changes(name: str) -> dict[str, Any]:
+        given = {field: getattr(spec, field) for field in ViewSpec.model_fields}
+        return {field: value for field, value in given.items() if value != getattr(PRESETS[name], field)}
+
+    fitting = [name for name, preset in PRESETS.items() if preset.kind == spec.kind]
+    name = min(fitting, key=lambda name: (len(changes(name)), PRESETS[name].frames is None))
+    options = "&".join(f"{field}={_option(value)}" for field, value in changes(name).items())
+    return f"{name}?{options}" if options else name
+
+
+def _option(value: object) -> str:
+    return ",".join(map(_option, value)) if isinstance(value, tuple) else repr(value).removesuffix(".0")
+
+
 def center_box(width: int, height: int, fraction: float) -> Box:
     """The centred square whose side is ``fraction`` of the shorter side (at least one pixel)."""
     side = max(1, round(min(width, height) * fraction))
@@ -141,10 +159,11 @@ def draw_frames(spec: ViewSpec, sample_id: str, view: int, count: int) -> tuple[
     span = (frames - 1) * spec.stride + 1
     if count < span:
         stride = (count - 1) // (frames - 1)
+        fitting = views_text(spec.model_copy(update={"frames": min(frames, count), "stride": max(1, stride)}))
         advice = (
-            f"use a smaller stride (?stride={stride} after the name of the views, --stride {stride} in knn-eval)"
+            f"use a smaller stride (--views '{fitting}', --stride {stride} in knn-eval)"
             if stride
-            else f"use fewer frames (?frames={count} after the name of the views), or leave the video out"
+            else f"leave the video out, or use networks of {count} frames or fewer at stride 1 (--views '{fitting}')"
         )
         raise UnreadableImage(
             f"{sample_id}: {count} frames, but a clip of {frames} frames at stride {spec.stride} spans {span}; {advice}"
@@ -193,7 +212,8 @@ def check_input(spec: ViewSpec, wanted: Preprocessing, network: str, store: Path
     elif spec.frames is None:
         advice = f"name a folder of videos (video:PATH) and --views 'videomae?frames={wanted.frames}'"
     else:
-        advice = f"use --views 'videomae?frames={wanted.frames}', or a network of {spec.frames} frames"
+        fitting = views_text(spec.model_copy(update={"frames": wanted.frames}))
+        advice = f"use --views '{fitting}', or a network of {spec.frames} frames"
     if store is not None and wanted.frames is not None:
         advice += f" (the views of {store} are fixed: extract to another --store)"
     raise UsageError(f"{network} takes {takes}, but the views are {given}; {advice}")

@@ -308,7 +308,7 @@ def test_the_table_has_a_line_for_each_stage(finished: tuple[Path, dict[str, Any
     result["stages"][-1]["preferred"] = "runs/3/ema"
     assert format_chain(result).endswith("score it: hdcache knn-eval runs/3/ema --train DATA --test DATA")
     result["stages"][0] |= {"failed": {"x": "why"}, "loss": None}
-    assert "1 images failed in extraction (--json names them)" in format_chain(result)
+    assert "1 sample failed in extraction (see --json)" in format_chain(result)
 
 
 def test_the_command_is_the_function(

@@ -202,6 +202,7 @@ def test_click_reports_bad_flags_with_exit_2(run) -> None:  # type: ignore[no-un
     assert run("info", "--jsn", "x").code == 2
     assert "FIELD=VALUE" in run("distill", "tinymim-tiny", "--out", "R", "--set", "epochs").err
     assert run("knn_eval", "--help").code == 0
+    assert "video:DIR" in run("extract", "--help").out
     for option, value in (("--knn-test", "D"), ("--knn-every", "0"), ("--knn-layers", "all"), ("--knn-stride", "2")):
         left = run("distill", "tinymim-tiny", "--out", "R", option, value)
         assert left.code == 2

@@ -244,8 +244,8 @@ def test_messages_for_what_is_not_given(data: str, tmp_path: Path, quick: Recipe
 def test_a_missing_tap_names_the_command_that_adds_it(data: str, tmp_path: Path, tiny: str, quick: Recipe) -> None:
     extract(data, store=tmp_path / "s", teachers=[f"t={tiny}"], taps=["final"], num_views=2, **EXTRACT)
     message = (
-        r"teacher 't' holds final, which cannot give block3\.rel\.qk, block3\.rel\.vv; store it under another name too "
-        r"and set the recipe's teacher field to t-2: hdcache extract --store .*/s --num-views 2 --teacher '?t-2=\S+ .*--tap block3\.attn_in$"
+        r"teacher 't' holds final, which cannot give block3\.rel\.qk, block3\.rel\.vv; set objective\.teacher=t-2, "
+        r"and store it under that name too: hdcache extract --store .*/s --num-views 2 --teacher '?t-2=\S+ .*--tap block3\.attn_in$"
     )
     with pytest.raises(InputNotFound, match=message):
         run(quick, tmp_path / "a", store=tmp_path / "s")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdcache.backbones import load_backbone, save_student
+from hdcache.backbones import load_backbone
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.evaluate.run import format_table, knn_eval, write_json
+from hdcache.student_files import save_student
 
 OPTIONS = "img_size=16&patch_size=8&embed_dim=12&depth=2&num_heads=2"
 TINY = f"random:vit_tiny_patch16_224?{OPTIONS}&seed=1"
@@ -123,7 +124,7 @@ def test_failed_images_are_listed(train: str, queries: str) -> None:
     assert result["test"]["embedded"] == 8
     (failed,) = result["test"]["failed"]
     assert failed.endswith("1.png")
-    assert f"failed   1 samples of folder:{queries} unreadable, first red/1.png" in format_table(result)
+    assert f"failed   1 sample of folder:{queries} unreadable, first red/1.png" in format_table(result)
 
 
 def test_images_without_labels_are_refused_before_any_is_embedded(tmp_path: Path, queries: str) -> None:

@@ -872,7 +872,7 @@ def test_clipped_values_are_said(
     monkeypatch.setattr(Teacher, "forward", louder)
     summary = run(data, tmp_path / "s", f"t={tiny}", encoding="int8", num_views=2)
     assert summary.teachers["t"]["saturated"] > 0
-    assert f"{summary.teachers['t']['saturated']:,} values were clipped" in format_summary(summary)
+    assert f"{summary.teachers['t']['saturated']:,} values clipped" in format_summary(summary)
 
 
 def test_a_view_spec_may_be_given_as_a_record(data: str, tmp_path: Path, tiny: str) -> None:

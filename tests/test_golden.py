@@ -183,7 +183,14 @@ def test_sdssl_losses(path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("knn*.safetensors")), ids=lambda path: path.stem)
+KNN = sorted(GOLDEN.glob("knn*.safetensors"))
+
+
+def test_knn_file_is_there() -> None:
+    assert KNN, f"no knn*.safetensors in {GOLDEN}"
+
+
+@pytest.mark.parametrize("path", KNN, ids=lambda path: path.stem)
 def test_knn_golden(path: Path) -> None:
     with safe_open(path, "np") as file:
         settings = file.metadata()

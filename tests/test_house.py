@@ -42,6 +42,7 @@ LAYERS = [
         "relations",
         "soft_labels",
         "stopping",
+        "student_files",
         "video",
         "video_vit",
         "views",

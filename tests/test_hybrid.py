@@ -627,7 +627,9 @@ def test_a_target_that_is_missing_names_one_command(
     command = (
         r"hdcache extract --store .*store --num-views 2 --teacher 'mae-2=random:vit_tiny\S+' --tap block3.attn_in$"
     )
-    with pytest.raises(InputNotFound, match=f"set the recipe's teacher field to mae-2: {command}"):
+    with pytest.raises(
+        InputNotFound, match=rf"; set objective\.relation_teacher=mae-2, and store it under that name too: {command}"
+    ):
         distill(plan, out=tmp_path / "a", store=two_teachers, device="cpu")
     with pytest.raises(UsageError, match="feature_teacher not given, and nothing says which teacher is meant"):
         distill(

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from hdcache.distill.live import choose_teachers, commands_of, named_teachers, stored_teachers, teacher_cards
+from hdcache.cli import cli
+from hdcache.distill import amd
+from hdcache.distill.hybrid import Hybrid
+from hdcache.distill.live import (
+    choose_teachers,
+    commands_of,
+    named_teachers,
+    stored_teachers,
+    teacher_cards,
+    teacher_fields,
+)
+from hdcache.distill.logits import Logits
+from hdcache.distill.objective import Objective
 from hdcache.distill.recipes import get_recipe
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
 from hdcache.distill.teacher_fit import Misfit
 from hdcache.distill.tinymim import TinyMIM
-from hdcache.errors import StoreMismatch, UsageError
+from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.run import extract
 from hdcache.schema import MaskSpec
 from hdcache.store import Store
@@ -131,6 +146,55 @@ def test_a_hyphen_does_not_make_it_the_network_before_it(
     ):
         with pytest.raises(UsageError, match=rf"no teacher '{asked}'; .* --teacher {asked}=MODEL( |$)"):
             distill(recipe, out=tmp_path / "a", store=tiny_store, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields"),
+    [
+        (TinyMIM(), ["teacher"]),
+        (TinyMIM(teacher="t"), ["teacher"]),
+        (Hybrid(relation_teacher="t", feature_teacher="u"), ["relation_teacher"]),
+        (Hybrid(relation_teacher="u", feature_teacher="t"), ["feature_teacher"]),
+        (Hybrid(relation_teacher="t", feature_teacher="t"), ["relation_teacher", "feature_teacher"]),
+        (Hybrid(use=("feature",), relation_teacher="t", feature_teacher="t"), ["feature_teacher"]),
+        (Hybrid(use=("relation",)), ["relation_teacher"]),
+    ],
+)
+def test_the_settings_that_name_a_teacher(objective: Objective, fields: list[str], tiny: str) -> None:
+    card = named_teachers([f"t={tiny}"], CPU)["t"].card
+    cards = {"t": card} | ({"u": card} if "u" in str(objective.model_dump().values()) else {})
+    assert teacher_fields(objective, cards, "t") == tuple(f"objective.{field}" for field in fields)
+
+
+def test_a_teacher_that_was_chosen_among_others_is_named_by_its_setting(tiny: str) -> None:
+    """Null stands for the one teacher that fits."""
+    card = named_teachers([f"t={tiny}"], CPU)["t"].card
+    cards = {"t": card, "u": card.model_copy(update={"mask": MaskSpec(kind="random", ratio=0.5), "classes": 5})}
+    masked = amd.AMD(teacher_mask_ratio=0.5, student_mask_ratio=0.75)
+    classes = {"t": card, "u": card.model_copy(update={"classes": 5})}
+    for objective, among in ((masked, cards), (Logits(), classes)):
+        assert list(objective.wants(among)) == ["u"]
+        assert teacher_fields(objective, among, "u") == ("objective.teacher",)
+
+
+def test_both_settings_of_a_teacher_that_lacks_a_tap_work_as_they_are_printed(
+    tiny_store: Path, tmp_path: Path, small_recipe: Callable[..., Recipe]
+) -> None:
+    """One network for both halves: the command is run, the settings are set, and the student is trained."""
+    store = shutil.copytree(tiny_store, tmp_path / "store")
+    named = {"objective.relation_teacher": "t", "objective.feature_teacher": "t"}
+    recipe = small_recipe("hybrid-tiny", **{field.replace(".", "__"): name for field, name in named.items()})
+    changes = {"objective.relation_blocks": [1], "objective.student_blocks": [2], "epochs": 1, "warmup_epochs": 0}
+    settings: dict[str, Any] = {"out": tmp_path / "a", "store": store, "device": "cpu"}
+    with pytest.raises(
+        InputNotFound, match=r"which cannot give block1\.qkv; set objective\.relation_teacher=t-2 and "
+    ) as caught:
+        distill(recipe, overrides=changes, **settings)
+    advised, _, command = str(caught.value).partition(", and store it under that name too: hdcache ")
+    assert CliRunner().invoke(cli, [*shlex.split(command), "--device", "cpu"]).exit_code == 0
+    told = dict(word.split("=") for word in advised.rpartition("; set ")[2].split(" and "))
+    assert told == dict.fromkeys(named, "t-2")
+    assert list(distill(recipe, overrides=changes | told, **settings)["targets"]) == ["t-2"]
 
 
 def test_a_first_view_alone_needs_no_option(tmp_path: Path, tiny: str, make_npz: Callable[..., str]) -> None:

@@ -593,6 +593,17 @@ def test_without_a_store_views_are_drawn_as_extraction_draws_them(holed: Path) -
             assert all(torch.equal(drawn[name], image) for name, image in zip(batch.ids, batch.images, strict=True))
 
 
+def test_what_is_left_out_takes_no_row_as_in_a_store(holed: Path) -> None:
+    """The same batches as from a store of the same views, in which these rows failed; they are asked for by nobody."""
+    spec = Store.open(holed / "s").card.views
+    bad = {f"{'ab'[number % 2]}/{number:02d}.png": "broken" for number in BAD}
+    loader = without_store(holed, spec, 2)
+    loader.leave_out(bad)
+    for number in (0, 1):
+        assert ids_of(loader.epoch(number)) == ids_of(make(holed, {}).epoch(number))
+    assert loader.dropped == loader.left_out == bad
+
+
 def test_a_batch_without_a_readable_image_is_an_error(copy: Path) -> None:
     """A data set that went away is not a run that quietly trains on nothing."""
     loader = without_store(copy)

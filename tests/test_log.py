@@ -74,6 +74,17 @@ def test_time_of_other_work_takes_no_part_in_the_rate(tmp_path: Path, monkeypatc
     log = Log(tmp_path, Ranks(), 1, Position(), CPU)
     now[0] += 52
     log.rest(50)
-    log.add(Position(0, 1, 1), {"loss": torch.tensor(1.0)}, {"lr": 0.1, "weight_decay": 0.0}, 16, 0.0)
+    log.add(Position(0, 1, 1), {"loss": torch.tensor(1.0)}, {"lr": 0.1, "weight_decay": 0.0}, 16, 0.0, last=False)
     log.close()
     assert read(tmp_path / "metrics.jsonl")[0]["samples_per_second"] == 8
+
+
+def test_the_last_line_is_of_the_last_step(tmp_path: Path) -> None:
+    """However long an interval is: what a run reports as its last loss is that."""
+    log = Log(tmp_path, Ranks(), 4, Position(), CPU)
+    group = {"lr": 0.1, "weight_decay": 0.0}
+    for step in range(1, 7):
+        log.add(Position(0, step, step), {"loss": torch.tensor(float(step))}, group, 16, 0.0, last=step == 6)
+    log.close()
+    assert [(line["step"], line["loss"]) for line in read(tmp_path / "metrics.jsonl")] == [(1, 1.0), (4, 3.0), (6, 5.5)]
+    assert log.mean == 5.5

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from hdcache.backbones import create_vit
 from hdcache.distill.logits import Logits, SoftLabelHead
@@ -22,8 +23,12 @@ from hdcache.info import describe_store, format_store
 from hdcache.schema import MaskSpec, Preprocessing, TeacherCard
 from hdcache.store import Store
 from hdcache.taps import Tokens
+from hdcache.target_sources import open_targets
 
 TEACHER = "t=random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2&embed_dim=48&num_heads=3&num_classes=5"
+
+CPU: dict[str, Any] = {"device": "cpu", "threads": 1}
+STUDENT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
 def vit(**arguments: Any) -> nn.Module:
@@ -113,6 +118,8 @@ def test_the_teacher_with_a_classifier_is_found_among_others() -> None:
         (Logits(), {"a": card(0), "b": card(0)}, 0, {}, r"null, and none of the 2 teachers \(a, b\) was run with a classifier; set objective.teacher=NAME and add it, .*: hdcache extract --store STORE --teacher NAME=MODEL --tap logits --top-k 10$"),
         (Logits(teacher="b"), {"t": card()}, 0, {}, "no teacher 'b'; choose from: t; or add it: .*--teacher b=MODEL --tap logits --top-k 10$"),
         (Logits(), {"t": card().model_copy(update={"mask": MaskSpec(kind="random", ratio=0.75)})}, 0, {}, "'t' saw only the tokens that its mask random:0.75 left"),
+        (Logits(), {"t": card(0).model_copy(update={"mask": MaskSpec(kind="random", ratio=0.75)})}, 0, {}, r"'t', which was run without a classifier; .* from a checkpoint that has one: .* --teacher t-2=MODEL --tap logits --top-k 10$"),
+        (Logits(), {"t": card()}, 0, {"class_token": False, "reg_tokens": 1, "global_pool": "avg"}, r"which the student lacks; set objective\.pool=mean"),
         (Logits(), {}, 0, {}, "objective.teacher not given, and there is no teacher; add one: .*--teacher NAME=MODEL --tap logits --top-k 10$"),
         (Logits(), {"a": card(), "b": card()}, 0, {}, r"but there are 2 \(a, b\)"),
         (Logits(teacher="tt"), {"t": card()}, 0, {}, "no teacher 'tt'; did you mean 't'"),
@@ -147,8 +154,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, make_npz: Callable[..., str])
 
 
 def recipe(**changes: Any) -> Recipe:
-    student = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    fixed = {"student.arguments": student, "epochs": 2, "batch_size": 16, "warmup_epochs": 0, "log_every": 1}
+    fixed = {"student.arguments": STUDENT, "epochs": 2, "batch_size": 16, "warmup_epochs": 0, "log_every": 1}
     return get_recipe("logits-tiny", fixed | {key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -190,3 +196,49 @@ def test_a_store_without_logits_names_the_command(tiny_store: Path, tmp_path: Pa
         match=r"a checkpoint that has one: .* --store \S+/store --num-views 2 --teacher t-2=MODEL --tap logits --top-k 10$",
     ):
         distill(recipe(), out=tmp_path / "run", store=tiny_store, device="cpu")
+
+
+@pytest.mark.parametrize("pool", ["class-token", "mean"])
+def test_a_supervised_student_is_the_teacher_of_another(data: str, tmp_path: Path, pool: str) -> None:
+    """With the tool alone: the head that was trained is stored with it, and reads what it was trained on."""
+    sizes = {"student.arguments": STUDENT, "epochs": 2, "batch_size": 16, "warmup_epochs": 0}
+    distill(get_recipe("supervised-tiny", sizes | {"objective.pool": pool}), out=tmp_path / "sup", data=data, **CPU)
+    spec = f"s={tmp_path}/sup"
+    exact: dict[str, Any] = {"encoding": "fp32", "precision": "fp32", **CPU}
+    extract(data, store=tmp_path / "s", teachers=[spec], taps=["logits", "final"], **exact)
+    store = Store.open(tmp_path / "s")
+    assert store.teacher("s").card.classes == 5
+    (stored,), _ = open_targets(store, {"s": ["logits", "final"]})
+    found = stored.finish({name: torch.from_numpy(value) for name, value in stored.read(0, 0, 32).items()})
+    final, logits = found["final"], found["logits"]
+    assert isinstance(final, Tokens)
+    assert isinstance(logits, Tensor)
+    pooled = final.prefix[:, 0] if pool == "class-token" else final.patches.mean(1)
+    head = {name: load_file(tmp_path / "sup/state.safetensors")[f"heads/{name}"] for name in ("weight", "bias")}
+    assert head["bias"].any(), "it was trained"
+    torch.testing.assert_close(logits, nn.functional.linear(pooled, **head), rtol=1e-4, atol=1e-5)
+    done = distill(recipe(), out=tmp_path / "run", store=tmp_path / "s", **CPU)
+    assert done["targets"] == {"s": ["logits"]}
+    live = distill(recipe(), out=tmp_path / "live", data=data, online=True, teachers=[spec], **CPU)
+    assert live["steps"] == 4
+
+
+def test_no_other_student_has_a_classifier(data: str, tmp_path: Path) -> None:
+    """Nor an average, which no head was trained with."""
+    sizes = {"student.arguments": STUDENT, "epochs": 1, "batch_size": 16, "warmup_epochs": 0}
+    distill(get_recipe("supervised-tiny", sizes | {"ema": 0.9}), out=tmp_path / "sup", data=data, device="cpu")
+    decoder = {f"objective.decoder_{part}": number for part, number in (("width", 16), ("depth", 1), ("heads", 2))}
+    distill(get_recipe("mae-tiny", sizes | decoder), out=tmp_path / "mae", data=data, device="cpu")
+    kept = {name: load_file(tmp_path / name / "student.safetensors").keys() for name in ("sup", "sup/ema", "mae")}
+    assert kept["sup"] - kept["sup/ema"] == {"head.weight", "head.bias"}
+    assert kept["mae"] == kept["sup/ema"]
+    with pytest.raises(UsageError, match="no classifier, so it gives no logits"):
+        extract(data, store=tmp_path / "s", teachers=[f"m={tmp_path}/mae"], taps=["logits"], device="cpu")
+
+
+def test_a_mask_is_left_out_before_a_classifier_is_missed(data: str, tmp_path: Path) -> None:
+    """Without a store a teacher has no classifier until it is chosen: then its mask is what is wrong."""
+    with pytest.raises(UsageError, match=r"every token is compared; leave --teacher-mask out$"):
+        distill(
+            recipe(), out=tmp_path / "a", data=data, online=True, teachers=[TEACHER], teacher_mask="0.5", device="cpu"
+        )

@@ -516,7 +516,9 @@ def test_the_command_that_adds_a_missing_tap_makes_the_same_masked_teacher(root:
     store = tmp_path / "s"
     shutil.copytree(root / "s", store)
     name = next(name for name in Store.open(store).teachers() if Store.open(store).teacher(name).card.mask is not None)
-    with pytest.raises(InputNotFound, match=f"teacher field to {name}-2: hdcache extract") as caught:
+    with pytest.raises(
+        InputNotFound, match=f"ask for teacher '{name}-2', and store it under that name too: hdcache extract"
+    ) as caught:
         open_targets(Store.open(store), {name: ["block1.out"]})
     words = shlex.split(str(caught.value).partition("hdcache extract ")[2])
     assert cli("extract", *words, "--precision", "fp32", "--quiet") in (0, None)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdcache import progress
-from hdcache.progress import Progress, duration, size
+from hdcache.progress import Progress, counted, duration, size
 
 
 class Terminal(io.StringIO):
@@ -110,6 +110,15 @@ def test_it_writes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("x  0/0 rows (0 %)")
+
+
+def test_one_has_no_plural() -> None:
+    assert [counted(number, "stored views") for number in (0, 1, 2, 2000)] == [
+        "0 stored views",
+        "1 stored view",
+        "2 stored views",
+        "2,000 stored views",
+    ]
 
 
 @pytest.mark.parametrize(

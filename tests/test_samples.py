@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage
 from hdcache.pixels import digest
-from hdcache.samples import OpenedSample, Recorded, open_sample
+from hdcache.samples import OpenedSample, Recorded, check_clip, open_sample
 from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.views import draw, render
 
@@ -83,3 +84,17 @@ def test_a_sample_of_another_data_set_is_not_a_broken_image(dataset: Dataset) ->
     """It must stop the work, not become one failed row after another."""
     with pytest.raises(InputNotFound, match=r"no sample 'b/y\.png'; is this the data set the id came from\?"):
         open_sample(dataset, "b/y.png", SPEC, 0)
+
+
+def test_only_the_bytes_of_a_file_can_be_a_clip(dataset: Dataset) -> None:
+    """Videos themselves are in test_video.py and test_run_videos.py."""
+    clip = SPEC.model_copy(update={"frames": 4})
+    with pytest.raises(UnreadableImage, match=r"^a/bad\.png: not a video that can be read"):
+        check_clip(dataset, "a/bad.png", clip)
+    with pytest.raises(InputNotFound, match=r"no sample 'b/y\.png'"):
+        check_clip(dataset, "b/y.png", clip)
+    pixels: Any = type("Array", (), {"read": staticmethod(lambda name: np.zeros((4, 4, 3), np.uint8))})
+    with pytest.raises(UnreadableImage, match=r"^0: an array of pixels, not a video$"):
+        check_clip(pixels, "0", clip)
+    with pytest.raises(UnreadableImage, match=r"^0: an array of pixels, not a video$"):
+        open_sample(pixels, "0", clip, 0)

@@ -70,8 +70,35 @@ def test_positions_are_fixed_sines_and_cosines(changes: dict[str, Any], prefix: 
 def test_positions_need_something_to_fix() -> None:
     with pytest.raises(UsageError, match=r"has no position embedding; set student.sincos_positions=false"):
         build_student(spec(arguments=ARGUMENTS | {"pos_embed": "none"}), 0)
-    with pytest.raises(UsageError, match="need a width that is a multiple of 4, found 30"):
-        build_student(spec(arguments=ARGUMENTS | {"embed_dim": 30}), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "fixes"),
+    [
+        (
+            {"embed_dim": 30},
+            r"^student\.arguments\.embed_dim 30 is not a multiple of 4, which fixed positions need; "
+            r"set student\.arguments\.embed_dim=24 or 36, or student\.sincos_positions=false$",
+            [{"embed_dim": 24}, {"embed_dim": 36}],
+        ),
+        (
+            {"num_heads": 5, "embed_dim": 48},
+            r"num_heads 5 does not divide embed_dim 48; set student\.arguments\.num_heads=4 or 6, or "
+            r"student\.arguments\.embed_dim=40 or 60$",
+            [{"num_heads": 4}, {"num_heads": 6}, {"embed_dim": 40}, {"embed_dim": 60}],
+        ),
+        ({"embed_dim": 50}, r"set student\.arguments\.embed_dim=48 or 60$", [{"embed_dim": 48}, {"embed_dim": 60}]),
+    ],
+)
+def test_every_width_and_head_count_that_a_message_names_works(
+    arguments: dict[str, Any], message: str, fixes: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_student(spec(arguments=ARGUMENTS | arguments), 0)
+    for fix in fixes:
+        build_student(spec(arguments=ARGUMENTS | arguments | fix), 0)
+    if "num_heads" not in arguments and arguments["embed_dim"] == 30:
+        build_student(spec(arguments=ARGUMENTS | arguments, sincos_positions=False), 0)
 
 
 def test_drop_path_schedules() -> None:

@@ -50,7 +50,7 @@ def test_a_summary_names_what_was_written_and_what_failed(
     assert "(30 rows written at " in text
     assert "random mask of ratio 0.5, seed 0: sees 8 of 16 patch tokens" in text
     assert "  final: fp32, " in text
-    assert "22 samples failed and are recorded as failed rows; the same command tries them again:" in text
+    assert "22 samples failed (recorded as failed rows); the same command tries again:" in text
     assert text.count("the file is empty (0 bytes)") == 20
     assert text.endswith("  and 2 more (--json lists all)")
     dumped = json.loads(json.dumps(summary.json(), allow_nan=False))
@@ -70,4 +70,8 @@ def test_clipped_values_are_said() -> None:
         "taps": {},
     }
     text = format_summary(ExtractSummary("s", {"t": facts | {"saturated": 1234}}))
-    assert "1,234 values were clipped to their integer range; see docs/store-format.md" in text
+    assert "1,234 values clipped to the integer range; see docs/store-format.md" in text
+    text = format_summary(ExtractSummary("s", {"t": facts | {"saturated": 1}}, {"a": "a: broken"}))
+    assert "teacher t, 1 row, 1 B (1 row written at " in text
+    assert "  1 value clipped to " in text
+    assert "\n1 sample failed (recorded" in text

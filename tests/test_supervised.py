@@ -71,4 +71,11 @@ def test_a_data_set_without_classes_is_refused(classes: int) -> None:
 def test_a_student_without_class_token_is_refused() -> None:
     with pytest.raises(UsageError, match=r"'class-token', which the student lacks; set objective\.pool=mean"):
         build(Supervised(), class_token=False, global_pool="avg")
+    with pytest.raises(UsageError, match=r"which the student lacks; set objective\.pool=mean"):
+        build(Supervised(), class_token=False, reg_tokens=2, global_pool="avg")
     build(Supervised(pool="mean"), class_token=False, global_pool="avg")
+
+
+def test_its_head_stays_with_the_student() -> None:
+    head = build(Supervised())
+    assert Supervised().classifier(head) is head

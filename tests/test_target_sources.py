@@ -126,8 +126,10 @@ def test_a_teacher_that_is_nowhere_is_refused(tiny_store: Path) -> None:
         open_targets(None, {"t": ["final"]})
     with pytest.raises(InputNotFound, match=r"no teacher 'u' \(teachers: t\)"):
         open_targets(Store.open(tiny_store), {"u": ["final"]})
-    with pytest.raises(InputNotFound, match=r"which cannot give block1\.out; store it under another name too"):
+    with pytest.raises(InputNotFound, match=r"which cannot give block1\.out; ask for teacher 't-2', and store it"):
         open_targets(Store.open(tiny_store), {"t": ["block1.out"]})
+    with pytest.raises(InputNotFound, match=r"; set objective\.teacher=t-2, and store it under that name too: hdcache"):
+        open_targets(Store.open(tiny_store), {"t": ["block1.out"]}, fields={"t": ["objective.teacher"]})
 
 
 def test_heads_that_do_not_divide_are_refused_when_opened(tiny_store: Path) -> None:

@@ -166,13 +166,18 @@ def test_the_cheapest_tap_that_is_held_gives_a_target(target: str, held: list[st
 def test_a_missing_tap_names_the_command_that_adds_it(targets: list[str], held: list[str], flags: str) -> None:
     with pytest.raises(InputNotFound, match=r"s: teacher 't' holds .*, which cannot give block2") as caught:
         plan_targets(targets, held, depth=3, teacher="t", store="s", again="t-2")
-    command = f"field to t-2: hdcache extract --store STORE --teacher t-2=MODEL {flags}"
+    command = f"; ask for teacher 't-2', and store it under that name too: hdcache extract --store STORE --teacher t-2=MODEL {flags}"
     assert str(caught.value).endswith(command)
     options = {"again": "t-3", "model": "random:x?seed=1", "options": " --img-size 32", "command": "hdcache extract"}
     with pytest.raises(
-        InputNotFound, match=r"to t-3: hdcache extract --teacher 't-3=random:x\?seed=1' --img-size 32 --tap"
+        InputNotFound, match=r"that name too: hdcache extract --teacher 't-3=random:x\?seed=1' --img-size 32 --tap"
     ):
         plan_targets(targets, held, depth=3, teacher="t", store="s", **options)
+    fields = ["objective.relation_teacher", "objective.feature_teacher"]
+    with pytest.raises(
+        InputNotFound, match=r"; set objective\.relation_teacher=t-2 and objective\.feature_teacher=t-2, and"
+    ):
+        plan_targets(targets, held, depth=3, teacher="t", store="s", again="t-2", fields=fields)
 
 
 def test_a_target_beyond_the_teacher_is_refused() -> None:

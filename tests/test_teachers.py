@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from timm.layers import RmsNorm
 from torch import Tensor
 
-from hdcache.backbones import create_vit, normalize, save_student
+from hdcache.backbones import create_vit, normalize
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.run import extract
 from hdcache.schema import Preprocessing
 from hdcache.store import Store
+from hdcache.student_files import save_student
 from hdcache.taps import Tokens
 from hdcache.teachers import (
     Teacher,

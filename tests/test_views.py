@@ -16,7 +16,18 @@ from pydantic import ValidationError
 
 from hdcache.errors import UnreadableImage, UsageError
 from hdcache.schema import Preprocessing, ViewSpec
-from hdcache.views import PRESETS, center_box, check_input, draw, draw_frames, parse_views, render, row_order, vary
+from hdcache.views import (
+    PRESETS,
+    center_box,
+    check_input,
+    draw,
+    draw_frames,
+    parse_views,
+    render,
+    row_order,
+    vary,
+    views_text,
+)
 
 sides = st.one_of(st.integers(1, 12), st.integers(1, 20_000))
 shares = st.floats(1e-6, 1)
@@ -131,28 +142,85 @@ def test_starts_of_clips_are_uniform_and_independent_of_the_box() -> None:
         (
             "videomae",
             60,
-            r"v: 60 frames, but a clip of 16 frames at stride 4 spans 61; use a smaller stride \(\?stride=3 ",
+            "v: 60 frames, but a clip of 16 frames at stride 4 spans 61; use a smaller stride (--views "
+            "'videomae?stride=3', --stride 3 in knn-eval)",
         ),
         (
             "videomae",
             16,
-            r"16 frames, but a clip of 16 frames at stride 4 spans 61; use a smaller stride \(\?stride=1 ",
+            "v: 16 frames, but a clip of 16 frames at stride 4 spans 61; use a smaller stride (--views "
+            "'videomae?stride=1', --stride 1 in knn-eval)",
         ),
         (
             "videomae",
             15,
-            r"15 frames, but .* spans 61; use fewer frames \(\?frames=15 after the name of the views\), or leave",
+            "v: 15 frames, but a clip of 16 frames at stride 4 spans 61; leave the video out, or use networks of 15 frames "
+            "or fewer at stride 1 (--views 'videomae?frames=15&stride=1')",
         ),
-        ("clip-center?frames=2&stride=9", 9, r"9 frames, but a clip of 2 frames at stride 9 spans 10; .*\?stride=8 "),
+        (
+            "videomae-ssv2?frames=8&flip=0.5",
+            3,
+            "v: 3 frames, but a clip of 8 frames at stride 2 spans 15; leave the video out, or use networks of 3 frames "
+            "or fewer at stride 1 (--views 'videomae?flip=0.5&frames=3&stride=1')",
+        ),
+        (
+            "clip-center?frames=2&stride=9",
+            9,
+            "v: 9 frames, but a clip of 2 frames at stride 9 spans 10; use a smaller stride (--views "
+            "'clip-center?frames=2&stride=8', --stride 8 in knn-eval)",
+        ),
     ],
 )
 def test_a_video_shorter_than_the_clip_names_what_would_fit(views: str, count: int, advice: str) -> None:
     spec = parse_views(views)
-    with pytest.raises(UnreadableImage, match=advice):
+    with pytest.raises(UnreadableImage) as refused:
         draw_frames(spec, "v", 0, count)
-    stride = re.search(r"stride=(\d)", advice)
-    fitting = {"stride": int(stride[1])} if stride else {"frames": count, "stride": 1}
-    assert draw_frames(spec.model_copy(update=fitting), "v", 0, count)
+    assert str(refused.value) == advice
+    fitting = re.search(r"--views '(.*?)'", advice)
+    assert fitting
+    assert draw_frames(parse_views(fitting[1]), "v", 0, count)
+
+
+@given(
+    frames=st.integers(2, 64),
+    stride=st.integers(1, 9),
+    count=st.integers(1, 600),
+    preset=st.sampled_from(["videomae", "videomae-ssv2", "clip-center", "gentle", "resize"]),
+)
+def test_the_views_of_the_advice_fit_at_once(frames: int, stride: int, count: int, preset: str) -> None:
+    """No second round: what the message proposes can be pasted, and its clip fits into that video."""
+    spec = parse_views(f"{preset}?frames={frames}&stride={stride}")
+    try:
+        draw_frames(spec, "v", 0, count)
+    except UnreadableImage as refused:
+        found = re.search(r"--views '(.*?)'", str(refused))
+        assert found
+        fitting = parse_views(found[1])
+        assert draw_frames(fitting, "v", 0, count)
+        assert fitting.frames == min(frames, count)
+        assert fitting.model_copy(update={"frames": frames, "stride": stride}) == spec
+
+
+@given(
+    kind=st.sampled_from(["random-resized-crop", "multi-scale-crop", "center-crop", "resize"]),
+    scale=st.tuples(shares, shares).map(sorted),
+    flip=st.floats(0, 1),
+    frames=st.integers(1, 4096),
+    stride=st.integers(1, 4096),
+    seed=st.integers(),
+)
+def test_views_of_clips_have_a_text_that_reads_back(
+    kind: str, scale: list[float], flip: float, frames: int, stride: int, seed: int
+) -> None:
+    fields = {"kind": kind, "scale": scale, "flip": flip, "frames": frames, "stride": stride, "seed": seed}
+    spec = ViewSpec.model_validate(fields)
+    assert parse_views(views_text(spec)) == spec
+
+
+def test_the_text_of_views_is_the_shortest() -> None:
+    for text in ("videomae", "videomae-ssv2", "clip-center", "clip-center?fraction=1", "videomae?frames=8&stride=1"):
+        assert views_text(parse_views(text)) == text
+    assert views_text(parse_views("videomae?stride=2&frames=8&seed=3")) == "videomae-ssv2?frames=8&seed=3"
 
 
 def test_area_and_ratio_are_drawn_from_their_ranges() -> None:
@@ -282,6 +350,15 @@ def test_the_advice_for_another_number_of_frames_knows_whether_there_is_a_store(
     with pytest.raises(UsageError) as bare:
         check_input(views, network, "the student")
     assert str(bare.value).endswith("; use --views 'videomae?frames=4', or a network of 16 frames")
+    # What else the user asked of the views stays.
+    for asked, advised in (
+        ("videomae-ssv2", "videomae-ssv2?frames=4"),
+        ("clip-center?fraction=1", "clip-center?fraction=1&frames=4"),
+        ("videomae?stride=1", "videomae?frames=4&stride=1"),
+    ):
+        with pytest.raises(UsageError) as kept:
+            check_input(parse_views(asked), network, "the student")
+        assert f"; use --views '{advised}', or a network of 16 frames" in str(kept.value)
     with pytest.raises(
         UsageError, match=r"of 16 frames \(the views of x\.hdc are fixed: extract to another --store\)$"
     ):
