@@ -135,7 +135,7 @@ def plan(
     dataset = open_dataset(data or (there.card.dataset.spec if there else ""))
     drawn = there.card.views if there is not None and there.begun and views is None else views
     known = Asked(taps=tuple(taps), **asked)
-    home = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    home = next(folder for folder in path.absolute().parents if folder.is_dir())
     sample = _sample(dataset, drawn.seed if isinstance(drawn, ViewSpec) else view_seed)
     found = Plan(str(path), dataset.card.count, num_views, shutil.disk_usage(home).free)
     for spec in teachers:
