@@ -17,6 +17,7 @@ from hdcache.datasets import Dataset
 from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, fit
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.extract.budget import fit_within_budget
 from hdcache.extract.engine import decode_row, finite_rows, shard_rows
 from hdcache.masks import visible_count
 from hdcache.relations import relation_kl
@@ -56,14 +57,15 @@ def calibrate(
     count = int(finite.sum())
     held = max(1, min(HELDOUT_ROWS, count // 5)) if count > 1 else 1
     grid = token_grid(teacher.card)
-    encoders: dict[str, Encoder] = {}
-    for request in requests:
-        value = _cut(features[request.tap], finite)
-        first = slice(0, count - held if count > 1 else 1)
-        encoder = fit(request, _cut(value, first), _cut(value, slice(count - held, count)), grid)
-        encoders[request.tap] = _with_relation_error(
-            encoder, teacher, _cut(value, slice(max(0, count - min(held, RELATION_ROWS)), count))
-        )
+    values = {tap: _cut(features[tap], finite) for tap in taps}
+    first, last = slice(0, count - held if count > 1 else 1), slice(count - held, count)
+    known = {tap: (_cut(value, first), _cut(value, last)) for tap, value in values.items()}
+    if any(request.row_budget is not None for request in requests):
+        fitted = fit_within_budget(requests, known, grid)
+    else:
+        fitted = {request.tap: fit(request, *known[request.tap], grid) for request in requests}
+    few = slice(max(0, count - min(held, RELATION_ROWS)), count)
+    encoders = {tap: _with_relation_error(fitted[tap], teacher, _cut(values[tap], few)) for tap in taps}
     arrays, attention = teacher.weights_for(taps)
     record = TeacherRecord(
         name=teacher.name,

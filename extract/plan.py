@@ -24,10 +24,10 @@ import torch
 from hdcache.datasets import Dataset, Subset, open_dataset
 from hdcache.encodings import fit, request
 from hdcache.errors import InputNotFound, OutOfSpace, UsageError
+from hdcache.extract.budget import parse_bytes, with_budget
 from hdcache.extract.calibrate import features_of, pixels_of, token_grid
 from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes, shard_size
-from hdcache.extract.run import row_bytes
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import counted, duration, size
 from hdcache.reader import TeacherReader
@@ -115,6 +115,7 @@ def plan(
     rows_per_shard: int = 256,
     quiet: bool = True,
     max_failures: int | None = None,
+    budget: str | int | None = None,
     **asked: Any,
 ) -> Plan:
     """Probe ``hdcache extract`` with these arguments (:func:`hdcache.extract.run.extract`) and say what it will cost.
@@ -145,6 +146,7 @@ def plan(
             name, part = _probe(
                 spec, sample, Path(folder) / "probe", known, drawn, view_seed, where,
                 available_cores() if threads is None else threads, dataset.card.count, num_views, rows_per_shard,
+                None if budget is None else parse_bytes(budget) // len(teachers),
             )  # fmt: skip
         found.teachers[name] = part
     return found
@@ -171,6 +173,7 @@ def _probe(
     count: int,
     num_views: int,
     rows_per_shard: int,
+    budget: int | None,
 ) -> tuple[str, TeacherPlan]:
     """Extract the sample with one teacher; its name, and what ``count`` samples under ``num_views`` views will cost."""
     prepared: list[tuple[Teacher, list[TapRequest]]] = []
@@ -182,6 +185,8 @@ def _probe(
     of_probe = max(1, len(sample.ids) // PROBE_SHARDS)
     _, store = open_or_create(sample, folder, views, seed, of_probe, check)
     teacher, requests = prepared[0]
+    if budget is not None:
+        requests = with_budget(requests, budget, count * num_views)
     began = time.perf_counter()
     record, encoders = open_or_calibrate(store, sample, teacher, requests, None, threads=threads, source="")
     calibrated = time.perf_counter() - began
@@ -202,8 +207,8 @@ def _probe(
         tap: {
             "encoding": card.encoding,
             "fidelity": card.fidelity,
-            "bytes_per_row": round(row_bytes(card), 1),
-            "bytes": round(rows * row_bytes(card)),
+            "bytes_per_row": round(card.bytes_per_row, 1),
+            "bytes": round(rows * card.bytes_per_row),
             "certificate": card.certificate.model_dump(mode="json"),
             "others": {name: round(rows * each) for name, each in others.get(tap, {}).items()},
         }
@@ -277,7 +282,7 @@ def _others(
         for encoding, fidelity in OTHERS:
             if (encoding, fidelity) != asked[tap]:
                 card = fit(request(tap, encoding, fidelity), first, held, token_grid(teacher.card)).card
-                found.setdefault(tap, {})[named(encoding, fidelity)] = row_bytes(card)
+                found.setdefault(tap, {})[named(encoding, fidelity)] = card.bytes_per_row
     return found
 
 

@@ -8,24 +8,23 @@ The same command again finishes what is missing, retries rows that failed, and c
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hdcache.encodings import Encoder
 from hdcache.errors import OutOfSpace, UsageError
+from hdcache.extract.budget import parse_bytes, with_budget
 from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes
 from hdcache.extract.summary import ExtractSummary, account
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import Progress, size
 from hdcache.resources import available_cores
-from hdcache.schema import MaskSpec, TapCard, TapRequest, TeacherRecord, ViewSpec
+from hdcache.schema import MaskSpec, TapRequest, TeacherRecord, ViewSpec
 from hdcache.store import Store
 from hdcache.teachers import Teacher, absolute_spec, choose_device, split_name
 from hdcache.views import check_input
@@ -43,6 +42,7 @@ def extract(
     encoding: str | None = None,
     fidelity: float | None = None,
     top_k: int | None = None,
+    budget: str | int | None = None,
     img_size: int | None = None,
     teacher_mask: str | MaskSpec | None = None,
     teacher_mask_seed: int = 0,
@@ -70,6 +70,9 @@ def extract(
         views per sample; more can be added by a later call.
     encoding, fidelity, top_k
         see :mod:`hdcache.tap_requests`; klt at 5 % relative RMSE by default, every class of logits.
+    budget
+        bytes that the rows may need, views asked for now and all teachers (in equal shares) together: klt taps then get the
+        fidelities whose errors together are least (:mod:`hdcache.extract.budget`). A number, or ``100GB``.
     teacher_mask, teacher_mask_seed
         run the teachers on some of their patch tokens (:func:`~hdcache.masks.parse_mask`: ``0.75``, ``random:0.75``,
         ``tube:0.75``; the share is hidden): another mask or seed is another teacher, under a name of its own.
@@ -93,6 +96,9 @@ def extract(
         raise UsageError(
             "no teacher given; say --teacher NAME=SPEC, for example --teacher dino=timm:vit_small_patch14_dinov2.lvd142m"
         )
+    share = None if budget is None else parse_bytes(budget) // len(teachers)
+    if share is not None and fidelity is not None:
+        raise UsageError("budget chooses the fidelity of each tap; leave one of the two out")
     where = choose_device(device)
     workers = available_cores() if threads is None else threads
 
@@ -121,6 +127,8 @@ def extract(
             teacher, requests = prepared.pop() if prepared else asked.prepare(spec, opened.card.views, where, path)
             check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}", path)
             teacher = dataclasses.replace(teacher, batch=known.batch if known else batch)
+            if share is not None:
+                requests = with_budget(requests, share, opened.card.dataset.count * num_views)
             record, encoders = open_or_calibrate(
                 opened, dataset, teacher, requests, known, threads=workers, source=absolute_spec(split_name(spec)[1])
             )
@@ -168,18 +176,10 @@ def rows_of(writer: ViewWriter, shards: Sequence[int]) -> int:
 
 def check_space(store: Store, record: TeacherRecord, rows: int) -> None:
     """Refuse a run whose rows, all views together, will not fit: by the bits per value measured at calibration."""
-    need = rows * sum(row_bytes(card) for card in record.taps.values())
+    need = rows * sum(card.bytes_per_row for card in record.taps.values())
     free = shutil.disk_usage(store.path).free
     if need > free:
         raise OutOfSpace(
             f"{store.path}: about {size(need)} are needed for {rows:,} rows, {size(free)} are free; "
             "free space, store fewer taps or views, or ask for a coarser --fidelity"
         )
-
-
-def row_bytes(card: TapCard) -> float:
-    """Bytes on disk of one row of a tap: its values at the measured rate, and its prefix tokens, which no codec shrinks."""
-    values = math.prod(card.row)
-    prefix = card.arrays.get("prefix")
-    raw = math.prod(prefix.shape) * np.dtype(prefix.dtype).itemsize if prefix else 0
-    return values * card.certificate.bits_per_value / 8 + raw

@@ -60,6 +60,7 @@ def teachers_of_data(command: Command) -> Command:
                 help="Inner tensor to store, e.g. block9.attn_in, final, block12.rel.qk. Default: attn_in of TinyMIM's target block, and final.",
             ),
             click.option("--top-k", type=int, help="Classes of logits to keep, as soft labels.  [default: all; topk: 10]"),
+            click.option("--budget", help="Bytes that the rows may need, e.g. 100GB: chooses the fidelity of each klt tap."),
             click.option("--img-size", type=int, help="Teacher input in pixels, when not its own."),
         )
     ):  # fmt: skip

@@ -132,6 +132,9 @@ class TeacherCard(GrownRecord):
         return self.model_copy(update={name: getattr(live, name) for name in lacking})
 
 
+ITEM_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "int8": 1, "int16": 2, "uint8": 1, "int32": 4, "int64": 8}
+
+
 class ArrayCard(Record):
     """One array of a tap or an encoding: shape and dtype of one row (or of the whole, for constants)."""
 
@@ -218,6 +221,13 @@ class TapCard(GrownRecord):
         return self
 
     @property
+    def bytes_per_row(self) -> float:
+        """Bytes on disk of one row: its values at the measured rate, and its prefix tokens, which no codec shrinks."""
+        prefix = self.arrays.get("prefix")
+        raw = math.prod(prefix.shape) * ITEM_BYTES[prefix.dtype] if prefix else 0
+        return math.prod(self.row) * self.certificate.bits_per_value / 8 + raw
+
+    @property
     def row(self) -> tuple[int, ...]:
         """Shape of a decoded row; of a token tap, of its patch tokens."""
         if self.tokens:
@@ -239,13 +249,15 @@ class About(Record):
 class TapRequest(GrownRecord):
     """A tap as asked for: the part of a tap's identity that exists before calibration."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"top_k"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"top_k", "row_budget"})
 
     tap: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]
     fidelity: float | None = None
     top_k: int | None = Field(default=None, ge=1)
     """Classes to keep of each row of logits (topk)."""
+    row_budget: int | None = Field(default=None, ge=0)
+    """klt: bytes that a row of all the teacher's taps together may need, in place of a fidelity."""
 
 
 class StoreCard(Record):
