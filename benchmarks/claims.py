@@ -50,6 +50,8 @@ class Variant:
     student: dict[str, Any] = field(default_factory=lambda: STUDENT)
     pool: str = "cls+mean"
     """Tokens that scores read."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of ``distill``."""
 
     def folder(self) -> str:
         """The variant's name as a folder's."""
@@ -96,10 +98,12 @@ class Bench:
         self.seconds[f"extract {name}"] = round(time.monotonic() - began, 1)
         return str(path)
 
-    def train(self, folder: str, recipe: str, changes: dict[str, Any], store: str | None) -> dict[str, Any]:
+    def train(
+        self, folder: str, recipe: str, changes: dict[str, Any], store: str | None, **options: Any
+    ) -> dict[str, Any]:
         """One run; finished ones are left as they are."""
         data = {"store": store} if store else {"data": self.settings.train, "views": self.views}
-        done = distill(recipe, out=self.out / folder, overrides=changes, quiet=False, **data)
+        done = distill(recipe, out=self.out / folder, overrides=changes, quiet=False, **data, **options)
         self.seconds[folder] = round(float(done["seconds"]), 1)
         return done
 
@@ -114,7 +118,7 @@ class Bench:
                 } | variant.changes  # fmt: skip
                 folder = f"{self.settings.method}-{variant.folder()}-{seed}"
                 store = stores[variant.store.format(seed=seed)] if variant.store else None
-                done = self.train(folder, variant.recipe, changes, store)
+                done = self.train(folder, variant.recipe, changes, store, **variant.options)
                 # The momentum copy where the method evaluates it.
                 scores[variant.name].append(self.scorer.score(done.get("preferred", done["out"]), variant.pool))
         return scores
@@ -306,9 +310,10 @@ def layer_tables(scores: Scores) -> str:
     return "\n\n".join(texts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=sorted(CLAIMS))
+def main(methods: dict[str, Callable[[Bench], Scores]], about: str | None = __doc__) -> None:
+    """Parse the command line, run one of ``methods``, print its table."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=sorted(methods))
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--probe-labels", type=Path, help="folder with train/CLASS/FILE and test/CLASS/FILE")
@@ -322,7 +327,7 @@ def main() -> None:
     settings = parser.parse_args()
     bench = Bench(settings)
     began = time.monotonic()
-    scores = CLAIMS[settings.method](bench)
+    scores = methods[settings.method](bench)
     result = {
         "settings": {key: str(value) for key, value in vars(settings).items()},
         "scores": scores, "seconds": bench.seconds, "seconds_of_this_call": round(time.monotonic() - began, 1),
@@ -334,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CLAIMS)

@@ -22,7 +22,8 @@ import torch
 from hdcache.datasets import open_dataset
 from hdcache.distill.run import distill
 from hdcache.evaluate.run import knn_eval
-from hdcache.extract.run import default_taps, extract
+from hdcache.extract.opening import default_taps
+from hdcache.extract.run import extract
 from hdcache.loader import Loader
 from hdcache.options import Options
 from hdcache.progress import size

@@ -17,10 +17,11 @@ from hdcache.datasets import Dataset
 from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, fit
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.extract.budget import fit_within_budget
 from hdcache.extract.engine import decode_row, finite_rows, shard_rows
 from hdcache.masks import visible_count
 from hdcache.relations import relation_kl
-from hdcache.schema import About, ArrayCard, StoredObject, TapRequest, TeacherRecord
+from hdcache.schema import About, ArrayCard, StoredObject, TapRequest, TeacherCard, TeacherRecord
 from hdcache.store import ABOUT, Store
 from hdcache.taps import Tokens, attention_of, parse_tap, relation_of_qkv
 from hdcache.teachers import Teacher, batches
@@ -45,8 +46,8 @@ def calibrate(
     """
     taps = [request.tap for request in requests]
     rows = _calibration_rows(store, teacher)
-    pixels, ids = _pixels(store, dataset, teacher, rows, threads)
-    features = _features(teacher, pixels, taps, teacher.visible(ids, 0))
+    pixels, ids = pixels_of(store, dataset, teacher, rows, threads)
+    features = features_of(teacher, pixels, taps, teacher.visible(ids, 0))
     finite = finite_rows(features)
     if not finite.any():
         raise UsageError(
@@ -55,14 +56,16 @@ def calibrate(
         )
     count = int(finite.sum())
     held = max(1, min(HELDOUT_ROWS, count // 5)) if count > 1 else 1
-    encoders: dict[str, Encoder] = {}
-    for request in requests:
-        value = _cut(features[request.tap], finite)
-        first = slice(0, count - held if count > 1 else 1)
-        encoder = fit(request, _cut(value, first), _cut(value, slice(count - held, count)))
-        encoders[request.tap] = _with_relation_error(
-            encoder, teacher, _cut(value, slice(max(0, count - min(held, RELATION_ROWS)), count))
-        )
+    grid = token_grid(teacher.card)
+    values = {tap: _cut(features[tap], finite) for tap in taps}
+    first, last = slice(0, count - held if count > 1 else 1), slice(count - held, count)
+    known = {tap: (_cut(value, first), _cut(value, last)) for tap, value in values.items()}
+    if any(request.row_budget is not None for request in requests):
+        fitted = fit_within_budget(requests, known, grid)
+    else:
+        fitted = {request.tap: fit(request, *known[request.tap], grid) for request in requests}
+    few = slice(max(0, count - min(held, RELATION_ROWS)), count)
+    encoders = {tap: _with_relation_error(fitted[tap], teacher, _cut(values[tap], few)) for tap in taps}
     arrays, attention = teacher.weights_for(taps)
     record = TeacherRecord(
         name=teacher.name,
@@ -78,6 +81,11 @@ def calibrate(
         licence=teacher.backbone.licence,
     )
     return record, encoders
+
+
+def token_grid(card: TeacherCard) -> tuple[int, ...] | None:
+    """How a row's patch tokens lie: temporal slots, rows, columns. None for a masked teacher's: they lie anywhere."""
+    return None if card.mask is not None else ((card.slots,) if card.slots > 1 else ()) + card.grid
 
 
 def write_record(
@@ -157,7 +165,8 @@ def _calibration_rows(store: Store, teacher: Teacher) -> int:
     return min(store.card.dataset.count, MAX_ROWS, max(MIN_ROWS, wanted))
 
 
-def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threads: int) -> tuple[Tensor, list[str]]:
+def pixels_of(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threads: int) -> tuple[Tensor, list[str]]:
+    """Pixels uint8 of the first readable rows of view 0 and their sample ids, at most ``wanted``."""
     found: list[Tensor] = []
     ids: list[str] = []
     reason = ""
@@ -182,7 +191,7 @@ def _pixels(store: Store, dataset: Dataset, teacher: Teacher, wanted: int, threa
     return torch.stack(found), ids
 
 
-def _features(
+def features_of(
     teacher: Teacher, pixels: Tensor, taps: Sequence[str], visible: NDArray[Any] | None
 ) -> dict[str, Tokens | Tensor]:
     """Features on the CPU, moved there batch by batch: all rows of all taps at once may not fit on the device."""

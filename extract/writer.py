@@ -83,7 +83,7 @@ class ViewWriter:
                 about = {"hdcache": {"tap": tap, "array": name, "encoding": encoder.card.encoding}}
                 codec = compresses(array.dtype, name)
                 self._writers[f"{tap}/{name}"] = ShardWriter(
-                    self.rows, array, chunk, shard, codec=codec, attributes=about
+                    self.rows, array, chunk, shard, codec=codec, attributes=about, block_bytes=encoder.card.block_bytes
                 )
         if record.card.mask is not None:
             # Which tokens a row's teacher saw belongs to the teacher: other teachers share the view without it.

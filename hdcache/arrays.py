@@ -51,11 +51,20 @@ class ShardWriter:
     """Encodes the shards of one array in memory; the bytes depend on the values alone."""
 
     def __init__(
-        self, rows: int, card: ArrayCard, chunk: int, shard: int, *, codec: bool, attributes: Mapping[str, Any]
+        self,
+        rows: int,
+        card: ArrayCard,
+        chunk: int,
+        shard: int,
+        *,
+        codec: bool,
+        attributes: Mapping[str, Any],
+        block_bytes: int = 0,
     ) -> None:
         self._objects: dict[str, Any] = {}
         size = np.dtype(card.dtype).itemsize
-        filters: list[Any] = [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=size)] if codec else []
+        blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=size, blocksize=block_bytes)
+        filters: list[Any] = [blosc] if codec else []
         self._shard = shard
         self._rows = rows
         # Only zarr-python's own pipeline writes the same bytes each time, whatever the user's configuration says.

@@ -16,7 +16,17 @@ from typing import Any, NoReturn
 
 import click
 
-from hdcache.cli_options import extraction, output, pairs, prepare, print_result, stage_pairs, teacher_mask
+from hdcache.cli_options import (
+    extraction,
+    output,
+    pairs,
+    prepare,
+    print_result,
+    stage_pairs,
+    teacher_mask,
+    teachers_of_data,
+)
+from hdcache.cli_recipes import recipes
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage, 3 input or store not found, 4 failures above --max-failures, "
@@ -38,36 +48,56 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("data", required=False)
-@click.option("--store", required=True, help="Folder of the store; made when it does not exist.")
-@click.option(
-    "--teacher", "teachers", multiple=True, required=True, metavar="[NAME=]MODEL",
-    help="timm name, timm:NAME?checkpoint=FILE, random:NAME?seed=0, or a student folder. Repeat for several.",
-)  # fmt: skip
-@click.option(
-    "--tap",
-    "taps",
-    multiple=True,
-    help="Inner tensor to store, e.g. block9.attn_in, final, block12.rel.qk. Default: attn_in of TinyMIM's target block, and final.",
-)
-@click.option("--top-k", type=int, help="Classes of logits to keep, as soft labels.  [default: all; topk: 10]")
-@click.option("--img-size", type=int, help="Teacher input in pixels, when not its own.")
+@teachers_of_data
 @teacher_mask
 @extraction
+@click.option("--dry-run", is_flag=True, help="Only say what it will cost: 'hdcache plan'.")
 @output
-def extract(as_json: bool, quiet: bool, verbose: int, data: str | None, **settings: Any) -> None:
+@click.pass_context
+def extract(
+    context: click.Context,
+    /,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    data: str | None,
+    dry_run: bool,
+    **settings: Any,
+) -> None:
     """Run teachers over DATA once and store what they computed.
 
     DATA: a folder of class folders, video:DIR where they hold videos, tars (shard-{000..099}.tar), an .npz,
     hf:OWNER/NAME?split=train, torchvision:CIFAR10?root=DIR. It may be left out for a store that exists. The same
     command again goes on.
     """
+    if dry_run:
+        context.invoke(plan, data=data, as_json=as_json, quiet=quiet, verbose=verbose, **settings)
+        return
     prepare(quiet, verbose)
     from hdcache.extract.run import extract as run
     from hdcache.extract.summary import format_summary
 
     summary = run(data, **settings, quiet=quiet)
     print_result(summary.json(), format_summary(summary), as_json)
+
+
+@cli.command()
+@teachers_of_data
+@teacher_mask
+@extraction
+@output
+def plan(as_json: bool, quiet: bool, verbose: int, data: str | None, **settings: Any) -> None:
+    """What 'hdcache extract' with these arguments will cost: bytes, objects, hours, and whether a store pays at all.
+
+    Some hundred rows are extracted to a scratch folder beside the store, which is deleted again. Exit 6 if it will not fit.
+    """
+    prepare(quiet, verbose)
+    from hdcache.extract.plan import check_room, format_plan
+    from hdcache.extract.plan import plan as run
+
+    found = run(data, **settings, quiet=quiet)
+    print_result(found.json(), format_plan(found), as_json)
+    check_room(found)
 
 
 @cli.command()
@@ -252,36 +282,7 @@ def verify(as_json: bool, quiet: bool, verbose: int, store: str, quick: bool) ->
         )
 
 
-@cli.group(invoke_without_command=True)
-@output
-@click.pass_context
-def recipes(context: click.Context, as_json: bool, quiet: bool, verbose: int) -> None:
-    """Published settings, ready to run; without a further word, their list."""
-    if context.invoked_subcommand is None:
-        context.invoke(recipes_list, as_json=as_json, quiet=quiet, verbose=verbose)
-
-
-@recipes.command("list")
-@output
-def recipes_list(as_json: bool, quiet: bool, verbose: int) -> None:
-    """One line each: name, method, student, what it is for, teacher."""
-    prepare(quiet, verbose)
-    from hdcache.distill.recipes import format_list, list_recipes
-
-    print_result(list_recipes(), format_list(), as_json)
-
-
-@recipes.command("show")
-@click.argument("name")
-@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field first.")
-@output
-def recipes_show(as_json: bool, quiet: bool, verbose: int, name: str, changes: Sequence[str]) -> None:
-    """Every field of recipe NAME with its value, source and meaning; --json gives a file that 'distill' takes."""
-    prepare(quiet, verbose)
-    from hdcache.distill.recipes import format_recipe, get_recipe
-
-    chosen = pairs(changes, "--set")
-    print_result(get_recipe(name, chosen).model_dump(mode="json"), format_recipe(name, chosen), as_json)
+cli.add_command(recipes)
 
 
 @cli.command()

@@ -45,6 +45,29 @@ def extraction(command: Command) -> Command:
     return command
 
 
+def teachers_of_data(command: Command) -> Command:
+    """Which teachers see which data, and what is stored of them."""
+    for option in reversed(
+        (
+            click.argument("data", required=False),
+            click.option("--store", required=True, help="Folder of the store; made when it does not exist."),
+            click.option(
+                "--teacher", "teachers", multiple=True, required=True, metavar="[NAME=]MODEL",
+                help="timm name, timm:NAME?checkpoint=FILE, random:NAME?seed=0, or a student folder. Repeat for several.",
+            ),
+            click.option(
+                "--tap", "taps", multiple=True,
+                help="Inner tensor to store, e.g. block9.attn_in, final, block12.rel.qk. Default: attn_in of TinyMIM's target block, and final.",
+            ),
+            click.option("--top-k", type=int, help="Classes of logits to keep, as soft labels.  [default: all; topk: 10]"),
+            click.option("--budget", help="Bytes that the rows may need, e.g. 100GB: chooses the fidelity of each klt tap."),
+            click.option("--img-size", type=int, help="Teacher input in pixels, when not its own."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def teacher_mask(command: Command) -> Command:
     """Which patch tokens teachers are run on."""
     for option in (

@@ -16,11 +16,14 @@ Integer labels below zero mean "none", as in unlabelled test splits.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -44,7 +47,7 @@ from hdcache.pixels import Source, decode, digest
 from hdcache.schema import DatasetCard
 from hdcache.video import require_pyav
 
-__all__ = ["Dataset", "Source", "decode", "digest", "open_dataset"]
+__all__ = ["Dataset", "Source", "Subset", "decode", "digest", "open_dataset"]
 
 
 class Dataset(Protocol):
@@ -68,6 +71,33 @@ class Dataset(Protocol):
         :class:`InputNotFound` for an id that is not in ``ids`` (ids from a store are untrusted: they are looked
         up, never turned into a path); :class:`UnreadableImage` if a listed sample cannot be read any more.
         """
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of a data set, as one of its own."""
+
+    whole: Dataset
+    ids: tuple[str, ...]
+    """Ids of ``whole``, in its order."""
+
+    @cached_property
+    def card(self) -> DatasetCard:
+        """That of the whole, with another count and fingerprint."""
+        text = "\n".join([self.whole.card.fingerprint, *self.ids])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return self.whole.card.model_copy(update={"count": len(self.ids), "fingerprint": digest})
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Those of the whole."""
+        chosen = {*self.ids}
+        kept: NDArray[np.int64] = self.whole.labels[[sample_id in chosen for sample_id in self.whole.ids]]
+        return kept
+
+    def read(self, sample_id: str) -> Source:
+        """As the whole reads it."""
+        return self.whole.read(sample_id)
 
 
 def open_dataset(spec: str, *, classes: Sequence[str] | None = None, cache: Path | None = None) -> Dataset:

@@ -19,7 +19,7 @@ from hdcache.masks import check_tubes, unpack_visible, visible_count
 from hdcache.records import check_key
 from hdcache.schema import ArrayCard, Manifest, StoredObject, TeacherCard, TeacherRecord
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view
-from hdcache.taps import Tokens, parse_tap
+from hdcache.taps import Coded, Tokens, parse_tap
 
 MASK_ARRAY = "mask/visible"
 """Where a masked teacher's rows hold the tokens that it saw, beside its taps."""
@@ -171,6 +171,12 @@ class TeacherReader:
     def decode(self, tap: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
         """Decode stored arrays of any number of rows, on the device they are on."""
         return self.encoders[tap].decode(parts, dtype)
+
+    def coded(
+        self, tap: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> Tokens | Tensor | Coded:
+        """As :meth:`decode`, but klt short of its last step, which may be joined with what follows."""
+        return self.encoders[tap].coded(parts, dtype)
 
     def tap(self, view: int, tap: str, start: int, stop: int) -> Tokens | Tensor:
         """Rows ``[start, stop)`` of a tap, decoded to float32 on the CPU (for looking at; loading has its own path)."""

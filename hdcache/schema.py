@@ -132,6 +132,9 @@ class TeacherCard(GrownRecord):
         return self.model_copy(update={name: getattr(live, name) for name in lacking})
 
 
+ITEM_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "int8": 1, "int16": 2, "uint8": 1, "int32": 4, "int64": 8}
+
+
 class ArrayCard(Record):
     """One array of a tap or an encoding: shape and dtype of one row (or of the whole, for constants)."""
 
@@ -146,8 +149,10 @@ class ArrayCard(Record):
         return value
 
 
-class Certificate(Record):
+class Certificate(GrownRecord):
     """What storing a tap cost, measured on held-out rows when it was written (its birth certificate)."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"bound_bits"})
 
     calibration_rows: int
     heldout_rows: int
@@ -164,10 +169,15 @@ class Certificate(Record):
     """Relation taps and soft labels: mean KL of what is stored from the exact distribution, nats per row."""
     saturated: int = 0
     """Held-out values that fell outside the integer range."""
+    bound_bits: float | None = None
+    """klt: bits per value below which no code of single Gaussian tokens has this error (reverse water-filling over the
+    calibration rows' components). A code that uses what neighbouring tokens share may lie below it."""
 
 
-class TapCard(Record):
+class TapCard(GrownRecord):
     """One stored tap: its encoding, shapes and birth certificate."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"grid", "dead_zone", "block_bytes"})
 
     tap: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]
@@ -180,15 +190,26 @@ class TapCard(Record):
     """Per-row arrays, in ``views/K/TAP/``."""
     constants: dict[str, ArrayCard] = Field(default_factory=dict)
     """Arrays shared by all rows, in ``encodings/TAP/``."""
+    grid: tuple[int, ...] | None = None
+    """klt: codes are those of an orthonormal DCT-II over a token grid of these sides; None: of the tokens themselves."""
+    dead_zone: float = Field(default=0.0, ge=0, lt=0.5)
+    """klt: how much later than half a step a value was rounded up, in steps."""
+    block_bytes: int = Field(default=0, ge=0, le=1 << 30)
+    """Size of the codec's blocks; 0: its own choice."""
     certificate: Certificate
 
     @model_validator(mode="after")
     def _fits_encoding(self) -> Self:
         rows = {name: card.shape for name, card in self.arrays.items() if name != "prefix"}
         constants = {"klt": {"basis", "mean", "step"}, "int8": {"scale", "offset"}}.get(self.encoding, set())
+        if self.encoding == "klt" and "gain" in self.constants:
+            constants.add("gain")
         if self.encoding in ("klt", "int8"):
             names = {"codes", "wide"} if self.encoding == "klt" else {"codes"}
             good = bool(rows) and rows.keys() <= names and all(shape[1:] == (self.tokens,) for shape in rows.values())
+            good = good and (
+                self.grid is None or (min(self.grid, default=0) > 0 and math.prod(self.grid) == self.tokens)
+            )
         elif self.encoding == "topk":
             kept = rows.get("values", ())
             good = rows == {"values": kept, "classes": kept} and len(kept) == 1 and kept[0] <= self.channels
@@ -198,6 +219,13 @@ class TapCard(Record):
         if not good or self.constants.keys() != constants or prefix != (self.prefix_tokens, self.channels):
             raise ValueError(f"arrays and constants are not those of a {self.encoding} tap")
         return self
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Bytes on disk of one row: its values at the measured rate, and its prefix tokens, which no codec shrinks."""
+        prefix = self.arrays.get("prefix")
+        raw = math.prod(prefix.shape) * ITEM_BYTES[prefix.dtype] if prefix else 0
+        return math.prod(self.row) * self.certificate.bits_per_value / 8 + raw
 
     @property
     def row(self) -> tuple[int, ...]:
@@ -221,13 +249,15 @@ class About(Record):
 class TapRequest(GrownRecord):
     """A tap as asked for: the part of a tap's identity that exists before calibration."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"top_k"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"top_k", "row_budget"})
 
     tap: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]
     fidelity: float | None = None
     top_k: int | None = Field(default=None, ge=1)
     """Classes to keep of each row of logits (topk)."""
+    row_budget: int | None = Field(default=None, ge=0)
+    """klt: bytes that a row of all the teacher's taps together may need, in place of a fidelity."""
 
 
 class StoreCard(Record):

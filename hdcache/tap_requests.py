@@ -12,6 +12,7 @@ from hdcache.taps import parse_tap
 
 TOKEN_ENCODINGS = ("fp32", "fp16", "bf16", "int8", "klt")
 RELATION_ENCODINGS = ("fp32", "fp16", "sqrt8")
+DEFAULT_FIDELITY = 0.05
 VECTOR_ENCODINGS = ("fp32", "fp16", "bf16")
 
 
@@ -71,5 +72,5 @@ def request(tap: str, encoding: str | None, fidelity: float | None, top_k: int |
     return TapRequest(
         tap=tap,
         encoding=kind,
-        fidelity=(0.05 if fidelity is None else fidelity) if kind == "klt" else None,
+        fidelity=(DEFAULT_FIDELITY if fidelity is None else fidelity) if kind == "klt" else None,
     )

@@ -60,6 +60,24 @@ class Tokens:
         return torch.cat([self.prefix, self.patches], dim=1) if self.prefix.shape[1] else self.patches
 
 
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Token features that are one affine map away; a linear layer that follows can be joined with it."""
+
+    prefix: Tensor
+    """[B, P, D], as they are."""
+    codes: Tensor
+    """[B, N, K]: patch tokens before the map."""
+    inverse: Tensor
+    """[K, D], the same tensor for every batch."""
+    mean: Tensor
+    """[D]."""
+
+    def tokens(self) -> Tokens:
+        """The features themselves."""
+        return Tokens(self.prefix, self.codes @ self.inverse + self.mean)
+
+
 @dataclass(frozen=True)
 class TapName:
     """A parsed tap name. ``block`` is 1-based, 0 for the names that belong to no block."""

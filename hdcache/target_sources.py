@@ -98,7 +98,7 @@ class StoredTargets:
         decoded = {}
         for tap in self.derivation.taps:
             parts = {name: arrays[f"{tap}/{name}"] for name in self.reader.record.taps[tap].arrays}
-            decoded[tap] = self.reader.decode(tap, parts, self.dtype)
+            decoded[tap] = self.reader.coded(tap, parts, self.dtype)
         return self.derivation.derive(decoded)
 
 

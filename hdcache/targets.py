@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hdcache.errors import InputNotFound, UsageError
-from hdcache.taps import TapName, Tokens, parse_tap, relation_of_qkv
+from hdcache.taps import Coded, TapName, Tokens, parse_tap, relation_of_qkv
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Derivation:
 
     plan: Mapping[str, str]
     """Target name -> stored tap that gives it."""
-    attention: Mapping[int, nn.Module]
+    attention: Mapping[int, FrozenAttention]
     """Per block: an attention that holds only the frozen ``qkv`` (and Q/K norms)."""
 
     @property
@@ -35,24 +35,27 @@ class Derivation:
         return sorted(set(self.plan.values()))
 
     @torch.no_grad()
-    def derive(self, taps: Mapping[str, Tokens | Tensor]) -> dict[str, Tokens | Tensor]:
-        """Targets from decoded taps, on the device where those are. Relations are float32 probabilities."""
+    def derive(self, taps: Mapping[str, Tokens | Tensor | Coded]) -> dict[str, Tokens | Tensor]:
+        """Targets from decoded taps, on the device where those are. Relations are float32 probabilities.
+
+        Of a tap that is still coded, Q, K and V follow in one product with the joined matrix.
+        """
         found: dict[str, Tokens | Tensor] = {}
         projected: dict[int, Tensor] = {}
         for target, source in self.plan.items():
             asked, have = parse_tap(target), parse_tap(source)
-            if target == source:
-                found[target] = taps[source]
-                continue
             value = taps[source]
-            assert isinstance(value, Tokens)  # noqa: S101  # attn_in and qkv are token taps
+            if target == source:
+                found[target] = value.tokens() if isinstance(value, Coded) else value
+                continue
+            assert not isinstance(value, Tensor)  # noqa: S101  # attn_in and qkv are token taps
             block = self.attention[asked.block]
-            if have.what == "attn_in":
-                if asked.block not in projected:
-                    projected[asked.block] = block.qkv(value.sequence())  # type: ignore[operator]
-                qkv = projected[asked.block]
-            else:
-                qkv = value.sequence()
+            if asked.block not in projected:
+                if have.what == "attn_in":
+                    projected[asked.block] = block.qkv(value)
+                else:
+                    projected[asked.block] = (value.tokens() if isinstance(value, Coded) else value).sequence()
+            qkv = projected[asked.block]
             if asked.what == "qkv":
                 prefix = value.prefix.shape[1]
                 found[target] = Tokens(qkv[:, :prefix], qkv[:, prefix:])
@@ -61,7 +64,7 @@ class Derivation:
         return found
 
 
-class _FrozenAttention(nn.Module):
+class FrozenAttention(nn.Module):
     """The part of a teacher's attention that targets need."""
 
     def __init__(self, facts: Mapping[str, Any], block: int, weights: Mapping[str, Tensor]) -> None:
@@ -69,6 +72,7 @@ class _FrozenAttention(nn.Module):
         self.num_heads = int(facts["heads"])
         self.weight = weights[f"block{block}/qkv_weight"]
         self.bias = weights.get(f"block{block}/qkv_bias")
+        self._join: tuple[Tensor, Tensor, Tensor] | None = None
         self.q_norm, self.k_norm = (self._norm(facts, f"block{block}/{part}_norm", weights) for part in "qk")
 
     @staticmethod
@@ -83,8 +87,25 @@ class _FrozenAttention(nn.Module):
             return _FrozenNorm(weights.get(f"{key}_weight"), None, epsilon, centred=False)
         return _UnknownNorm(str(kind))
 
-    def qkv(self, x: Tensor) -> Tensor:
+    def qkv(self, value: Tokens | Coded) -> Tensor:
+        """[B, P + N, 3 D] of the block's ``attn_in``."""
+        if isinstance(value, Tokens):
+            return self._project(value.sequence())
+        weight, bias = self._joined(value)
+        patches = functional.linear(value.codes, weight, bias)
+        return torch.cat([self._project(value.prefix), patches], dim=1) if value.prefix.shape[1] else patches
+
+    def _project(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def _joined(self, value: Coded) -> tuple[Tensor, Tensor]:
+        """W (inverse z + mean) + b as one linear layer, made once: the product costs as much as a batch."""
+        if self._join is None or self._join[0] is not value.inverse:
+            whole = value.inverse.float(), value.mean.float()
+            weight, bias = self.weight @ whole[0].T, self.weight @ whole[1]
+            bias = bias if self.bias is None else bias + self.bias
+            self._join = value.inverse, weight.to(value.inverse.dtype), bias.to(value.inverse.dtype)
+        return self._join[1:]
 
 
 class _FrozenNorm(nn.Module):
@@ -186,8 +207,8 @@ def derivation(
         float32 tensors by the names of ``TeacherRecord.weights``, on the device where targets are wanted.
     """
     blocks = {parse_tap(target).block for target, source in plan.items() if target != source}
-    frozen: dict[int, nn.Module] = {
-        block: _FrozenAttention(attention[f"block{block}"], block, weights) for block in blocks
+    frozen: dict[int, FrozenAttention] = {
+        block: FrozenAttention(attention[f"block{block}"], block, weights) for block in blocks
     }
     found = Derivation(dict(plan), frozen)
     for target, source in plan.items():

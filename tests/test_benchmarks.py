@@ -114,6 +114,36 @@ def test_a_table_names_the_best_layer_and_the_spread(claims: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("study", "lines"), [("fidelity", 11), ("views", 6)])
+def test_every_study_ends_in_tables(
+    study: str, lines: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = TEACHER.replace("depth=2", "depth=12")
+    data = [f"--train={images / 'train'}", f"--test={images / 'test'}", f"--probe-labels={images}", f"--teacher={deep}"]
+    printed = call("studies.py", study, *data, "--seeds=1", "--epochs=1", "--num-views=1", f"--out={tmp_path}")
+    result = json.loads((tmp_path / f"{study}.json").read_text())
+    assert len(result["scores"]) == lines
+    for head in ("| store | bytes a row |", "| student | seconds a run |", "| student | k-NN | linear probe |"):
+        assert head in printed
+
+
+@pytest.mark.slow
+def test_sizes_are_of_every_encoding_and_layout(images: Path, tmp_path: Path) -> None:
+    taps = ["--tap=block2.attn_in", "--tap=final"]
+    few = ["--calibration=40", "--images=24", "--precision=fp32", f"--out={tmp_path}"]
+    printed = call("size.py", f"--train={images / 'train'}", f"--teacher=a={TEACHER}", *taps, *few)
+    found = json.loads((tmp_path / "size.json").read_text())["lines"]
+    assert len(found) == 2 * (4 + 9) == len(printed.splitlines()) - 2
+    for line in found:
+        if line["encoding"].startswith("klt"):
+            asked = float(line["encoding"].split()[1]) / 100
+            assert line["relative_rmse"] == pytest.approx(asked, rel=0.3)
+        if line["encoding"] == "fp16":
+            assert line["bytes_per_row"] == pytest.approx(2 * 65 * 48, rel=0.1)
+            assert line["relative_rmse"] < 1e-3
+
+
+@pytest.mark.slow
 def test_memory_prints_one_line_for_each_kind_of_run(images: Path, tmp_path: Path) -> None:
     student = '{"img_size":64,"patch_size":8,"embed_dim":48,"depth":3,"num_heads":3}'
     printed = call(

@@ -14,7 +14,7 @@ from hdcache.datasets import Dataset
 from hdcache.encodings import Encoder, request
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.extract.calibrate import HELDOUT_ROWS, MAX_ROWS, MIN_ROWS, calibrate, write_record
-from hdcache.extract.run import open_or_create
+from hdcache.extract.opening import open_or_create
 from hdcache.reader import TeacherReader
 from hdcache.schema import TeacherRecord
 from hdcache.store import Store

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
 import pytest
 import timm
 
@@ -22,7 +23,10 @@ from hdcache.cli import cli
 from hdcache.cli_options import pairs, stage_pairs
 from hdcache.distill.recipes import RECIPES, get_recipe
 from hdcache.errors import UsageError
-from hdcache.taps import parse_tap
+from hdcache.extract.run import extract
+from hdcache.reader import TeacherReader
+from hdcache.store import Store
+from hdcache.taps import Tokens, parse_tap
 from hdcache.views import parse_views
 
 ROOT = Path(__file__).parents[1]
@@ -270,3 +274,25 @@ def test_recipes_that_are_named_exist(page: Path) -> None:
     codes = [[code] if not code.startswith("hdcache ") else code.split() for code in inline_code(page)]
     named = {word for words in codes for word in words if re.fullmatch(FAMILIES, word)}
     assert named - NO_RECIPES <= RECIPES.keys()
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_a_store_is_read_with_zarr_and_numpy_alone(grid: bool, tmp_path: Path, tiny: str) -> None:
+    """The page's own lines, on a store whose codes are frequencies and on one whose codes are not."""
+    flat = np.random.default_rng(0).integers(0, 256, (80, 1, 1, 3), dtype=np.uint8)
+    rough = np.random.default_rng(1).integers(0, 256, (80, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=np.broadcast_to(flat, rough.shape) if grid else rough)
+    options: dict[str, Any] = {"fidelity": 0.3, "device": "cpu", "precision": "fp32", "quiet": True}
+    path = tmp_path / "train.hdc"
+    extract(
+        f"npz:{tmp_path / 'data.npz'}", store=path, teachers=[f"dino={tiny}"], taps=["final"], views="resize", **options
+    )
+    reader = TeacherReader(Store.open(path), "dino")
+    assert (reader.record.taps["final"].grid is not None) == grid
+    (block,) = [b for b in blocks_and_prose(ROOT / "docs" / "store-format.md")[0] if b.language == "python"]
+    names: dict[str, Any] = {}
+    exec(block.text.replace("train.hdc", str(path)), names)  # the page is ours
+    expected = reader.tap(0, "final", 0, 8)
+    assert isinstance(expected, Tokens)
+    np.testing.assert_allclose(names["patches"], expected.patches.numpy(), rtol=1e-4, atol=1e-4)
+    assert names["sample"].shape == (8,)

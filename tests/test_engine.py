@@ -21,7 +21,7 @@ from hdcache.encodings import request
 from hdcache.errors import InputNotFound, Interrupted, StoreMismatch, TooManyFailures, UsageError
 from hdcache.extract.calibrate import calibrate, write_record
 from hdcache.extract.engine import Pipeline, Timing, decode_row, finite_rows, shard_rows
-from hdcache.extract.run import open_or_create
+from hdcache.extract.opening import open_or_create
 from hdcache.extract.writer import Row, ViewWriter
 from hdcache.integrity import view_ledger
 from hdcache.schema import ArrayCard, Preprocessing, Receipt

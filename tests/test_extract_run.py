@@ -31,7 +31,8 @@ from hdcache.errors import (
     TooManyFailures,
     UsageError,
 )
-from hdcache.extract.run import default_taps, extract, row_bytes, shard_size
+from hdcache.extract.opening import default_taps, shard_size
+from hdcache.extract.run import extract
 from hdcache.extract.summary import ExtractSummary, format_summary
 from hdcache.integrity import verify, view_ledger
 from hdcache.reader import TeacherReader, read_geometry
@@ -147,7 +148,7 @@ def test_one_network_is_there_at_a_time(
         loaded.append(weakref.ref(teacher.backbone.model))
         return teacher
 
-    monkeypatch.setattr("hdcache.extract.run.load_teacher", counted)
+    monkeypatch.setattr("hdcache.extract.opening.load_teacher", counted)
     common = {"encoding": "fp32", "precision": "fp32", "rows_per_shard": 8, "batch": 8, "device": "cpu"}
     teachers = [f"{name}={tiny}&seed={number}" for number, name in enumerate("abc"[:count])]
     summary = extract(data, store=tmp_path / "s", teachers=teachers, **common)
@@ -159,7 +160,9 @@ def test_one_network_is_there_at_a_time(
 def test_a_store_that_nothing_was_written_to_takes_the_shards_that_are_asked_for(
     data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdcache.extract.run.calibrate", lambda *_, **__: (_ for _ in ()).throw(UsageError("later")))
+    monkeypatch.setattr(
+        "hdcache.extract.opening.calibrate", lambda *_, **__: (_ for _ in ()).throw(UsageError("later"))
+    )
     with pytest.raises(UsageError, match="later"):
         run(data, tmp_path / "s", f"t={tiny}", rows_per_shard=40)
     monkeypatch.undo()
@@ -369,7 +372,9 @@ def test_what_only_calibration_finds_can_be_corrected(
 def test_the_views_of_a_store_without_teachers_stay_where_none_are_asked_for(
     data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hdcache.extract.run.calibrate", lambda *_, **__: (_ for _ in ()).throw(UsageError("later")))
+    monkeypatch.setattr(
+        "hdcache.extract.opening.calibrate", lambda *_, **__: (_ for _ in ()).throw(UsageError("later"))
+    )
     with pytest.raises(UsageError, match="later"):
         run(data, tmp_path / "s", f"t={tiny}", views="gentle", view_seed=3)
     monkeypatch.undo()
@@ -400,9 +405,9 @@ def test_the_disk_is_measured_for_every_tap_and_all_views(
     for encoding in ("fp32", "klt"):
         summary = run(data, tmp_path / encoding, f"t={tiny}", encoding=encoding, taps=taps, rows_per_shard=40)
         record = Store.open(tmp_path / encoding).teacher("t")
-        guess = 40 * sum(row_bytes(card) for card in record.taps.values())
+        guess = 40 * sum(card.bytes_per_row for card in record.taps.values())
         assert guess == pytest.approx(summary.teachers["t"]["bytes"], rel=0.2)
-        assert all(row_bytes(card) > 0 for card in record.taps.values())
+        assert all(card.bytes_per_row > 0 for card in record.taps.values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(OutOfSpace, match=r"are needed for 80 rows"):
         run(data, tmp_path / "fp32", f"t={tiny}", taps=taps, num_views=3)

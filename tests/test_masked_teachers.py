@@ -154,13 +154,13 @@ def test_calibration_sees_the_same_tokens_as_extraction(
     from hdcache.extract import calibrate as module
 
     seen: dict[str, list[Any]] = {}
-    features = module._features
+    features = module.features_of
 
     def watched(teacher: Any, pixels: Tensor, taps: Any, visible: Any) -> Any:
         seen[teacher.name] = [len(pixels), visible]
         return features(teacher, pixels, taps, visible)
 
-    monkeypatch.setattr(module, "_features", watched)
+    monkeypatch.setattr(module, "features_of", watched)
     monkeypatch.setattr(module, "MIN_ROWS", 1)
     data = make_npz(tmp_path / "d.npz", 310)
     for name, mask in (("m", "0.5"), ("w", None)):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hdcache.errors import InputNotFound, UsageError
-from hdcache.taps import Tokens, parse_tap
+from hdcache.taps import Coded, Tokens, parse_tap
 from hdcache.targets import Derivation, derivation, plan_targets, sources
 from hdcache.teachers import Teacher, load_teacher
 
@@ -67,6 +67,29 @@ def test_every_relation_follows_from_what_is_stored(
     for name, value in found.items():
         torch.testing.assert_close(tensor(value), tensor(live[name]), rtol=1e-5, atol=1e-6)
     assert found["block2.qkv"].prefix.shape == live["block2.qkv"].prefix.shape  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", ["", "&qkv_bias=false", "&reg_tokens=2", "&class_token=false&global_pool=avg"])
+def test_codes_are_joined_with_the_matrix_that_follows(tiny: str, more: str, dtype: torch.dtype) -> None:
+    """Targets of coded tokens are those of the decoded ones, up to rounding; the tap itself is decoded where it is asked for."""
+    teacher = teacher_with(tiny, more)
+    names = ["block2.rel.qk", "block2.rel.vv@6", "block2.qkv", "block2.attn_in"]
+    live = teacher.forward(images(), ["block2.attn_in"])["block2.attn_in"]
+    assert isinstance(live, Tokens)
+    noise = torch.Generator().manual_seed(2)
+    inverse, mean = torch.randn(30, 48, generator=noise) / 7, torch.randn(48, generator=noise)
+    codes = (live.patches @ torch.linalg.pinv(inverse)).to(dtype)
+    coded = Coded(live.prefix.to(dtype), codes, inverse.to(dtype), mean.to(dtype))
+    plan = derived(teacher, names, ["block2.attn_in"])
+    found, expected = plan.derive({"block2.attn_in": coded}), plan.derive({"block2.attn_in": coded.tokens()})
+    assert list(found) == names
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for name in names:
+        assert tensor(found[name]).dtype == tensor(expected[name]).dtype
+        torch.testing.assert_close(tensor(found[name]), tensor(expected[name]), rtol=tolerance, atol=tolerance)
+    again = plan.derive({"block2.attn_in": coded})
+    assert torch.equal(tensor(again["block2.rel.qk"]), tensor(found["block2.rel.qk"]))
 
 
 def test_values_under_a_qk_norm_can_be_cut_into_any_heads(tiny: str) -> None:

@@ -30,7 +30,8 @@ from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageE
 from hdcache.evaluate.embed import centre_view, embed
 from hdcache.evaluate.run import knn_eval
 from hdcache.extract.engine import Pipeline
-from hdcache.extract.run import SHARD_PIXELS, ExtractSummary, extract, shard_size
+from hdcache.extract.opening import SHARD_PIXELS, shard_size
+from hdcache.extract.run import ExtractSummary, extract
 from hdcache.info import describe_store, format_store
 from hdcache.integrity import verify
 from hdcache.loader import Loader

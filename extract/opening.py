@@ -1,0 +1,208 @@
+"""What an extraction starts from: the data set, its store, teachers that fit them, encodings that fit the teachers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import torch
+
+from hdcache.datasets import Dataset, open_dataset
+from hdcache.encodings import Encoder
+from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.extract.calibrate import calibrate, repair_constants, write_record
+from hdcache.reader import TeacherReader
+from hdcache.records import differences
+from hdcache.rendering import input_shape
+from hdcache.schema import MaskSpec, StoreCard, TapRequest, TeacherRecord, ViewSpec
+from hdcache.store import ROOT_LOCK, Store
+from hdcache.tap_requests import request_all
+from hdcache.taps import check_readable, parse_tap
+from hdcache.targets import default_block
+from hdcache.teachers import Teacher, load_teacher
+from hdcache.views import check_input, check_views, default_views, parse_views
+
+SHARD_PIXELS = 256 << 20
+"""Bytes of pixels that a shard may need while it is decoded and waits for its teacher."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How teachers are run and what of them is stored; see :func:`hdcache.extract.run.extract`."""
+
+    taps: tuple[str, ...] = ()
+    encoding: str | None = None
+    fidelity: float | None = None
+    top_k: int | None = None
+    img_size: int | None = None
+    teacher_mask: str | MaskSpec | None = None
+    teacher_mask_seed: int = 0
+    precision: str = "auto"
+    batch: int = 32
+
+    def prepare(
+        self, spec: str, drawn: ViewSpec, on: torch.device, fixed: Path | None = None
+    ) -> tuple[Teacher, list[TapRequest]]:
+        """The teacher of ``spec``, and what is stored of it; refused where it does not fit the views (of store ``fixed``)."""
+        teacher = load_teacher(
+            spec,
+            img_size=self.img_size,
+            mask=self.teacher_mask,
+            mask_seed=self.teacher_mask_seed,
+            precision=self.precision,
+            device=on,
+            batch=self.batch,
+            taps=list(self.taps),
+        )
+        check_input(drawn, teacher.card.preprocessing, f"teacher {teacher.name}", fixed)
+        requests = request_all(self.taps or default_taps(teacher), self.encoding, self.fidelity, self.top_k)
+        for request in requests:
+            check_readable(teacher.backbone.model, parse_tap(request.tap, teacher.card.depth))
+        return teacher, requests
+
+
+def pixel_bytes(teacher: Teacher) -> int:
+    """Bytes of one row's pixels."""
+    return math.prod(input_shape(teacher.card.preprocessing))
+
+
+def open_or_create(
+    data: str | Dataset | None,
+    path: Path,
+    views: str | ViewSpec | None,
+    seed: int,
+    rows_per_shard: int,
+    prepare: Callable[[ViewSpec], int] = lambda drawn: 1,
+) -> tuple[Dataset, Store]:
+    """The data set and its store; a store that holds something must have been made from the same data and views.
+
+    ``prepare`` is called with the views before a store is made, refuses what would not fit them, and returns the bytes
+    of one row's pixels. A store that nothing was written to, as a refused command leaves it, is made anew.
+    """
+    asked = views if isinstance(views, ViewSpec) else parse_views(views or "mae", seed)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; give --store a folder")
+    there = Store.open(path) if (path / "zarr.json").is_file() else None
+    if there is None and data is None:
+        raise InputNotFound(
+            f"{path}: no store there yet; name the data set too: 'hdcache extract DATA --store {path} ...'"
+        )
+    if data is not None and (there is None or not there.begun):
+        dataset = open_dataset(data) if isinstance(data, str) else data
+        if views is None:
+            same = there is not None and not seed and not dataset_differences(dataset, there)
+            asked = there.card.views if there and same else parse_views(default_views(dataset.card), seed)
+        check_views(asked, dataset.card)
+        shard = shard_size(dataset.card.count, rows_per_shard, prepare(asked))
+        card = StoreCard(dataset=dataset.card, views=asked, rows_per_shard=shard, rows_per_chunk=min(8, shard))
+        path.mkdir(parents=True, exist_ok=True)
+        # Processes that make one store together wait for each other: the lock is held for moments.
+        with filelock.FileLock(path / ROOT_LOCK):
+            # Another process may have been faster; its store is then held to the same settings.
+            if (path / "zarr.json").is_file():
+                other = Store.open(path)
+                here = other.card.model_copy(update={"dataset": card.dataset})
+                if here != card or dataset_differences(dataset, other):
+                    other.withdraw()
+            if not (path / "zarr.json").is_file():
+                return dataset, Store.create(
+                    path,
+                    card,
+                    list(dataset.ids),
+                    dataset.labels,
+                    written_with={name: version(name) for name in decoders(dataset.card.kind)},
+                )
+    store = Store.open(path)
+    known = store.card.dataset
+    try:
+        if data is None or isinstance(data, str):
+            dataset = open_dataset(data or known.spec, classes=known.classes)
+        else:
+            dataset = data
+    except InputNotFound as error:
+        if data is not None:
+            raise
+        raise InputNotFound(f"{error}; if the data set has moved, name it: 'hdcache extract DATA ...'") from None
+    lines = dataset_differences(dataset, store)
+    if views is not None or seed:
+        found = store.card.views
+        compared = asked if views is not None else found.model_copy(update={"seed": seed})
+        lines += differences(compared.whole(), found.whole(), "views")
+    if lines:
+        raise StoreMismatch(
+            f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
+        )
+    return dataset, store
+
+
+def decoders(kind: str) -> list[str]:
+    """The packages whose versions may show in what a store of data of this kind holds."""
+    return ["hdcache", "zarr", "numcodecs", "numpy", "pillow", *(["av"] if kind == "video" else [])]
+
+
+def shard_size(count: int, wanted: int, pixels: int = 1) -> int:
+    """Rows per shard: whole chunks of 8, and for a small data set so few that it still gets several shards.
+
+    Fewer too where rows of ``pixels`` bytes are so large that a shard of them would need more than :data:`SHARD_PIXELS`.
+    """
+    if wanted < 1:
+        raise UsageError(f"rows_per_shard {wanted} must be at least 1")
+    return wanted if wanted < 8 else max(8, min(wanted, -(-count // 8), SHARD_PIXELS // pixels) // 8 * 8)
+
+
+def dataset_differences(dataset: Dataset, store: Store) -> list[str]:
+    """What sets a data set apart from the one that the store was made from, in one line; empty if nothing does."""
+    if dataset.card.fingerprint == store.card.dataset.fingerprint:
+        return []
+    now, then = set(dataset.ids), set(store.ids)
+    if now == then:
+        return ["dataset: the same samples, but labels or contents have changed"]
+    new, gone = sorted(now - then), sorted(then - now)
+    parts = [
+        f"{len(ids)} samples are {what}, such as {ids[0]!r}" for what, ids in (("new", new), ("gone", gone)) if ids
+    ]
+    return [f"dataset: of {store.card.dataset.count} samples, {' and '.join(parts)}"]
+
+
+def default_taps(teacher: Teacher) -> list[str]:
+    """The QKV input of TinyMIM's target block (18 of 24, the last of 12), and the deepest features that were trained.
+
+    The latter is ``final``, or for a student of relation distillation the output of its last block but one.
+    """
+    return [f"block{default_block(teacher.card.depth)}.attn_in", teacher.backbone.last_trained]
+
+
+def open_or_calibrate(
+    store: Store,
+    dataset: Dataset,
+    teacher: Teacher,
+    requests: Sequence[TapRequest],
+    known: TeacherRecord | None,
+    *,
+    threads: int,
+    source: str,
+) -> tuple[TeacherRecord, dict[str, Encoder]]:
+    """A new teacher is calibrated; one that the store has must be the same in all that changes values."""
+    if known is None:
+        record, encoders = calibrate(store, dataset, teacher, requests, threads=threads, source=source)
+        return write_record(store, teacher, record, encoders), encoders
+    asked = {
+        "card": teacher.card.whole(),
+        "requests": [entry.whole() for entry in requests],
+        "dataset": store.card.dataset.fingerprint,
+        "views": store.card.views.whole(),
+    }
+    found = {key: known.whole()[key] for key in asked} | {"card": known.card.told_by(teacher.card).whole()}
+    found["requests"] = sorted(found["requests"], key=lambda entry: str(entry["tap"]))
+    lines = differences(asked, found)
+    if lines:
+        raise StoreMismatch(
+            f"teacher {teacher.name!r} in {store.path} was made with other settings ({'; '.join(lines)}); "
+            f"repeat its settings, or add this one under another name: --teacher {store.free_name(teacher.name)}=..."
+        )
+    repair_constants(store, dataset, teacher, known, threads=threads)
+    return known, TeacherReader(store, teacher.name).encoders
