@@ -8,7 +8,7 @@ taken again and again, as long as it fits.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +21,8 @@ from hdcache.taps import Tokens
 
 FIDELITIES = (0.5, 0.4, 0.3, 0.22, 0.16, 0.12, 0.09, 0.065, 0.05, 0.035, 0.025, 0.018)
 """Relative RMSE of the codes that are tried, coarsest first: each about a factor 1.35 finer."""
+COARSEST = 0.9
+"""Where rows that were not in the curves need more, codes are made coarser up to this."""
 CURVE_ROWS = 48
 """Rows that curves are measured on."""
 SAFETY = 0.97
@@ -46,10 +48,25 @@ def parse_bytes(text: str | int) -> int:
     UsageError
         for anything else.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)i?B?\s*", str(text), re.IGNORECASE)
-    if match is None or "i" in str(text).lower() or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)B?\s*", str(text), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
         raise UsageError(f"budget {text!r} is no number of bytes; say for example 100GB or 1.5TB")
     return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def budget_share(budget: str | int | None, fidelity: float | None, teachers: int) -> int | None:
+    """Bytes of one of so many teachers; None where there is no budget.
+
+    Raises
+    ------
+    UsageError
+        where a fidelity is asked for too.
+    """
+    if budget is None:
+        return None
+    if fidelity is not None:
+        raise UsageError("budget chooses the fidelity of each tap; leave one of the two out")
+    return parse_bytes(budget) // max(1, teachers)
 
 
 def with_budget(requests: Sequence[TapRequest], budget: int, rows: int) -> list[TapRequest]:
@@ -92,16 +109,22 @@ def fit_within_budget(
     chosen = _spread(curves, SAFETY * budget - taken)
     if chosen is None:
         least = (taken + sum(points[0].bytes for points in curves.values())) / SAFETY
-        raise UsageError(
-            f"--budget leaves {size(budget)} a row, but the coarsest codes of {', '.join(asked)} need {size(least)}; "
-            f"give {least / budget:.2f} times as much, or store fewer taps or views"
-        )
+        raise _too_small(budget, asked, least)
     while True:
         fitted = {tap: fit(asked[tap].model_copy(update={"fidelity": chosen[tap]}), *known[tap], grid) for tap in asked}
         if taken + sum(encoder.card.bytes_per_row for encoder in fitted.values()) <= budget:
             return fixed | fitted
+        if min(chosen.values()) >= COARSEST:
+            raise _too_small(budget, asked, taken + sum(encoder.card.bytes_per_row for encoder in fitted.values()))
         # The curves are of fewer rows.
-        chosen = {tap: min(0.9, 1.05 * fidelity) for tap, fidelity in chosen.items()}
+        chosen = {tap: min(COARSEST, 1.05 * fidelity) for tap, fidelity in chosen.items()}
+
+
+def _too_small(budget: int, taps: Iterable[str], least: float) -> UsageError:
+    return UsageError(
+        f"--budget leaves {size(budget)} a row, but the coarsest codes of {', '.join(taps)} need {size(least)}; "
+        f"give {least / max(1, budget):.2f} times as much, or store fewer taps or views"
+    )
 
 
 def _curve(

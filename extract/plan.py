@@ -24,7 +24,7 @@ import torch
 from hdcache.datasets import Dataset, Subset, open_dataset
 from hdcache.encodings import fit, request
 from hdcache.errors import InputNotFound, OutOfSpace, UsageError
-from hdcache.extract.budget import parse_bytes, with_budget
+from hdcache.extract.budget import budget_share, with_budget
 from hdcache.extract.calibrate import features_of, pixels_of, token_grid
 from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes, shard_size
@@ -127,6 +127,7 @@ def plan(
     """
     if num_views < 1:
         raise UsageError(f"num_views {num_views} must be at least 1")
+    share = budget_share(budget, asked.get("fidelity"), len(teachers))
     path, where = Path(store).expanduser(), choose_device(device)
     there = Store.open(path) if (path / "zarr.json").is_file() else None
     if there is None and data is None:
@@ -146,7 +147,7 @@ def plan(
             name, part = _probe(
                 spec, sample, Path(folder) / "probe", known, drawn, view_seed, where,
                 available_cores() if threads is None else threads, dataset.card.count, num_views, rows_per_shard,
-                None if budget is None else parse_bytes(budget) // len(teachers),
+                share,
             )  # fmt: skip
         found.teachers[name] = part
     return found

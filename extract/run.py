@@ -17,7 +17,7 @@ import torch
 
 from hdcache.encodings import Encoder
 from hdcache.errors import OutOfSpace, UsageError
-from hdcache.extract.budget import parse_bytes, with_budget
+from hdcache.extract.budget import budget_share, with_budget
 from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes
 from hdcache.extract.summary import ExtractSummary, account
@@ -96,9 +96,7 @@ def extract(
         raise UsageError(
             "no teacher given; say --teacher NAME=SPEC, for example --teacher dino=timm:vit_small_patch14_dinov2.lvd142m"
         )
-    share = None if budget is None else parse_bytes(budget) // len(teachers)
-    if share is not None and fidelity is not None:
-        raise UsageError("budget chooses the fidelity of each tap; leave one of the two out")
+    share = budget_share(budget, fidelity, len(teachers))
     where = choose_device(device)
     workers = available_cores() if threads is None else threads
 

@@ -124,6 +124,16 @@ def test_too_small_a_budget_says_what_would_do() -> None:
         fit_within_budget(requests, known({"final": 1.0}), None)
 
 
+@pytest.mark.parametrize("budget", [0, 52])
+def test_a_budget_that_curves_promise_and_rows_break_ends(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to divide by, and no search without end."""
+    requests = with_budget(request_all(["final"], None, None), budget, 1)
+    curve = [Point(0.5, 1.0, 0.25)]
+    monkeypatch.setattr("hdcache.extract.budget._curve", lambda *_: curve if budget else [Point(0.5, 60.0, 0.25)])
+    with pytest.raises(UsageError, match=r"but the coarsest codes of final need .*; give .* times as much"):
+        fit_within_budget(requests, known({"final": 1.0}), None)
+
+
 def test_a_budget_needs_a_tap_to_spend_it_on() -> None:
     with pytest.raises(UsageError, match="--budget chooses the fidelity of klt taps, but none is asked for"):
         with_budget([request("final", "fp16", None), request("pooled", None, None)], 100, 1)
@@ -145,5 +155,6 @@ def test_a_store_stays_within_its_budget_and_goes_on(tmp_path: Path, make_npz: C
     with pytest.raises(StoreMismatch, match="row_budget"):
         extract(data, budget="90KB", **common)
     assert plan(data, budget="80KB", **common | {"store": tmp_path / "p"}).bytes == pytest.approx(80_000, rel=0.2)
-    with pytest.raises(UsageError, match="budget chooses the fidelity of each tap; leave one of the two out"):
-        extract(data, budget="80KB", fidelity=0.1, **common)
+    for command in (extract, plan):
+        with pytest.raises(UsageError, match="budget chooses the fidelity of each tap; leave one of the two out"):
+            command(data, budget="80KB", fidelity=0.1, **common)
