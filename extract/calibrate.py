@@ -18,7 +18,7 @@ from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, fit
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.budget import fit_within_budget
-from hdcache.extract.engine import decode_row, finite_rows, shard_rows
+from hdcache.extract.pipeline import decode_row, finite_rows, shard_rows
 from hdcache.masks import visible_count
 from hdcache.relations import relation_kl
 from hdcache.schema import About, ArrayCard, StoredObject, TapRequest, TeacherCard, TeacherRecord

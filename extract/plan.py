@@ -26,8 +26,8 @@ from hdcache.encodings import fit, request
 from hdcache.errors import InputNotFound, OutOfSpace, UsageError
 from hdcache.extract.budget import budget_share, with_budget
 from hdcache.extract.calibrate import features_of, pixels_of, token_grid
-from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes, shard_size
+from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import counted, duration, size
 from hdcache.reader import TeacherReader

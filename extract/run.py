@@ -18,8 +18,8 @@ import torch
 from hdcache.encodings import Encoder
 from hdcache.errors import OutOfSpace, UsageError
 from hdcache.extract.budget import budget_share, with_budget
-from hdcache.extract.engine import Pipeline, Timing
 from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes
+from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.summary import ExtractSummary, account
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import Progress, size

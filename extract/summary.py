@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hdcache.extract.engine import Timing
+from hdcache.extract.pipeline import Timing
 from hdcache.masks import mask_facts, mask_text
 from hdcache.progress import counted, size
 from hdcache.reader import TeacherReader

@@ -16,16 +16,9 @@ from typing import Any, NoReturn
 
 import click
 
-from hdcache.cli_options import (
-    extraction,
-    output,
-    pairs,
-    prepare,
-    print_result,
-    stage_pairs,
-    teacher_mask,
-    teachers_of_data,
-)
+from hdcache.cli_distill import chain, distill
+from hdcache.cli_extract import extract, plan
+from hdcache.cli_options import output, prepare, print_result
 from hdcache.cli_recipes import recipes
 
 EXIT_CODES = (
@@ -45,147 +38,6 @@ class _Commands(click.Group):
 @click.version_option(package_name="hdcache")
 def cli() -> None:
     """Run vision teachers once, keep what they know, distill any number of students from it."""
-
-
-@cli.command()
-@teachers_of_data
-@teacher_mask
-@extraction
-@click.option("--dry-run", is_flag=True, help="Only say what it will cost: 'hdcache plan'.")
-@output
-@click.pass_context
-def extract(
-    context: click.Context,
-    /,
-    as_json: bool,
-    quiet: bool,
-    verbose: int,
-    data: str | None,
-    dry_run: bool,
-    **settings: Any,
-) -> None:
-    """Run teachers over DATA once and store what they computed.
-
-    DATA: a folder of class folders, video:DIR where they hold videos, tars (shard-{000..099}.tar), an .npz,
-    hf:OWNER/NAME?split=train, torchvision:CIFAR10?root=DIR. It may be left out for a store that exists. The same
-    command again goes on.
-    """
-    if dry_run:
-        context.invoke(plan, data=data, as_json=as_json, quiet=quiet, verbose=verbose, **settings)
-        return
-    prepare(quiet, verbose)
-    from hdcache.extract.run import extract as run
-    from hdcache.extract.summary import format_summary
-
-    summary = run(data, **settings, quiet=quiet)
-    print_result(summary.json(), format_summary(summary), as_json)
-
-
-@cli.command()
-@teachers_of_data
-@teacher_mask
-@extraction
-@output
-def plan(as_json: bool, quiet: bool, verbose: int, data: str | None, **settings: Any) -> None:
-    """What 'hdcache extract' with these arguments will cost: bytes, objects, hours, and whether a store pays at all.
-
-    Some hundred rows are extracted to a scratch folder beside the store, which is deleted again. Exit 6 if it will not fit.
-    """
-    prepare(quiet, verbose)
-    from hdcache.extract.plan import check_room, format_plan
-    from hdcache.extract.plan import plan as run
-
-    found = run(data, **settings, quiet=quiet)
-    print_result(found.json(), format_plan(found), as_json)
-    check_room(found)
-
-
-@cli.command()
-@click.argument("recipe")
-@click.option("--out", required=True, help="Folder of the run; the same command again goes on there.")
-@click.option("--store", help="Store with the teachers' targets.")
-@click.option("--data", help="Data set, when there is no store or the data has moved.")
-@click.option(
-    "--set", "changes", multiple=True, metavar="FIELD=VALUE",
-    help="Change a recipe field, e.g. --set student.drop_path=0.2. Repeat for several.",
-)  # fmt: skip
-@click.option(
-    "--online", is_flag=True, help="Run the teachers in the loop instead of reading the store (the baseline)."
-)
-@click.option("--teacher", "teachers", multiple=True, metavar="NAME=MODEL", help="Teacher for --online.")
-@teacher_mask
-@click.option(
-    "--views",
-    help="Without a store: mae, supervised, gentle, center, resize; of videos videomae, videomae-ssv2, clip-center.  "
-    "[default: supervised for sdssl, else mae, videomae]",
-)
-@click.option("--num-views", type=int, help="Views to go through, one per epoch.  [default: all that are stored]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
-@click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
-@click.option("--knn-train", help="Labelled data set: measure the student's k-NN accuracy on the way (metrics.jsonl).")
-@click.option("--knn-test", help="Labelled data set to classify.  [default: leave-one-out on --knn-train]")
-@click.option("--knn-every", type=int, metavar="EPOCHS", help="Epochs from one measurement to the next.  [default: 1]")
-@click.option(
-    "--knn-layers", multiple=True, help="final, blockN.out or all; repeat for several.  [default: the last trained one]"
-)
-@click.option(
-    "--knn-stride", type=int, help="Of the clips that a video student is shown.  [default: that of its training]"
-)
-@output
-def distill(
-    as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequence[str], knn_train: str | None,
-    knn_test: str | None, knn_every: int | None, knn_layers: Sequence[str], knn_stride: int | None, **settings: Any,
-) -> None:  # fmt: skip
-    """Train a student by RECIPE: a name of 'hdcache recipes', or a JSON or YAML file."""
-    prepare(quiet, verbose)
-    from hdcache.distill.run import distill as run
-    from hdcache.distill.run import format_run
-
-    if knn_train is not None:
-        from hdcache.evaluate.monitor import knn_monitor
-
-        threads = settings["threads"]
-        settings["monitor"] = knn_monitor(knn_train, knn_test, layers=knn_layers, stride=knn_stride, threads=threads)
-        settings["monitor_every"] = 1 if knn_every is None else knn_every
-    elif (knn_test, knn_every, knn_layers, knn_stride) != (None, None, (), None):
-        raise click.UsageError("--knn-test, -every, -layers and -stride say how to measure; add --knn-train DATA")
-    result = run(recipe, overrides=pairs(changes, "--set"), quiet=quiet, **settings)
-    # Under torchrun every process comes here; one speaks for all.
-    if os.environ.get("RANK", "0") == "0":
-        print_result(result, format_run(result), as_json)
-
-
-@cli.command()
-@click.argument("data", required=False)
-@click.option("--store", required=True, help="Folder of the store; made when it does not exist.")
-@click.option("--out", required=True, help="Folder of the runs, one folder each.")
-@click.option("--teacher", required=True, metavar="[NAME=]MODEL", help="The first stage's teacher.")
-@click.option(
-    "--recipe", "stages", multiple=True, required=True, help="Once for each stage, in order: a name or a file."
-)
-@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a recipe field in all stages.")
-@click.option(
-    "--set-stage", "single", multiple=True, metavar="STAGE:FIELD=VALUE",
-    help="Change a field in one stage, from 1, e.g. --set-stage 2:objective.heads=16.",
-)  # fmt: skip
-@extraction
-@output
-def chain(
-    as_json: bool, quiet: bool, verbose: int, data: str | None, stages: Sequence[str], changes: Sequence[str],
-    single: Sequence[str], **settings: Any,
-) -> None:  # fmt: skip
-    """Distill one student after the other from DATA, each finished one being the next one's teacher.
-
-    Every stage extracts what its recipe reads, then trains. The same command again goes on.
-    """
-    prepare(quiet, verbose)
-    from hdcache.chain import distill_chain, format_chain
-
-    result = distill_chain(
-        data, recipes=stages, overrides=pairs(changes, "--set"), stage_overrides=stage_pairs(single, "--set-stage"),
-        quiet=quiet, **settings,
-    )  # fmt: skip
-    print_result(result, format_chain(result), as_json)
 
 
 @cli.command("knn-eval")
@@ -282,7 +134,8 @@ def verify(as_json: bool, quiet: bool, verbose: int, store: str, quick: bool) ->
         )
 
 
-cli.add_command(recipes)
+for command in (extract, plan, distill, chain, recipes):
+    cli.add_command(command)
 
 
 @cli.command()

@@ -56,13 +56,21 @@ LAYERS = [
     ["api", "chain"],
     ["__init__"],
     ["cli_options", "quickstart"],
-    ["cli_recipes"],
+    ["cli_distill", "cli_extract", "cli_recipes"],
     ["cli"],
     ["__main__"],
 ]
 
 # The core files that know the rooms; True where the room must be imported inside a function.
-KNOWS_ROOMS = {"cli": True, "cli_recipes": True, "__init__": True, "quickstart": False, "chain": False}
+KNOWS_ROOMS = {
+    "cli": True,
+    "cli_distill": True,
+    "cli_extract": True,
+    "cli_recipes": True,
+    "__init__": True,
+    "quickstart": False,
+    "chain": False,
+}
 
 # The one file that may import a library.
 ONLY_IMPORTER = {"zarr": "hdcache/arrays.py", "zarrs": "hdcache/arrays.py", "faiss": "evaluate/knn.py"}
@@ -86,8 +94,10 @@ WITHOUT_TORCH = (
 NO_OWN_TEST = {
     "hdcache/__main__.py": "one call; test_cli.py runs python -m hdcache",
     "hdcache/batch.py": "a record, and a hand-over between CUDA streams that needs a GPU: tests/test_loader.py has both",
+    "hdcache/cli_distill.py": "the commands are called in test_cli.py, test_live.py and test_chain.py",
+    "hdcache/cli_extract.py": "the commands are called in test_cli.py and test_plan.py",
     "hdcache/cli_recipes.py": "the commands are called in test_cli.py",
-    "extract/opening.py": "what it opens and refuses is seen through extract(), in test_extract_run.py and test_engine.py",
+    "extract/opening.py": "what it opens and refuses is seen through extract(), in test_extract_run.py and test_pipeline.py",
     "hdcache/cli_options.py": "every option is seen through the commands, in test_cli.py and test_chain.py",
     "hdcache/errors.py": "each class is matched where it is raised, in the tests of the files that raise it",
     "hdcache/dataset_specs.py": "every spec and its messages are seen through open_dataset, in test_datasets.py",

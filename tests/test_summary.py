@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hdcache.extract.engine import Timing
+from hdcache.extract.pipeline import Timing
 from hdcache.extract.run import extract
 from hdcache.extract.summary import ExtractSummary, account, format_summary
 from hdcache.store import Store

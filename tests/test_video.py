@@ -29,8 +29,8 @@ from hdcache.distill.run import distill
 from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageError
 from hdcache.evaluate.embed import centre_view, embed
 from hdcache.evaluate.run import knn_eval
-from hdcache.extract.engine import Pipeline
 from hdcache.extract.opening import SHARD_PIXELS, shard_size
+from hdcache.extract.pipeline import Pipeline
 from hdcache.extract.run import ExtractSummary, extract
 from hdcache.info import describe_store, format_store
 from hdcache.integrity import verify

@@ -20,8 +20,8 @@ from hdcache.durable import durable_write
 from hdcache.encodings import request
 from hdcache.errors import InputNotFound, Interrupted, StoreMismatch, TooManyFailures, UsageError
 from hdcache.extract.calibrate import calibrate, write_record
-from hdcache.extract.engine import Pipeline, Timing, decode_row, finite_rows, shard_rows
 from hdcache.extract.opening import open_or_create
+from hdcache.extract.pipeline import Pipeline, Timing, decode_row, finite_rows, shard_rows
 from hdcache.extract.writer import Row, ViewWriter
 from hdcache.integrity import view_ledger
 from hdcache.schema import ArrayCard, Preprocessing, Receipt
@@ -215,7 +215,6 @@ def test_a_complete_shard_is_forwarded_again_only_if_a_failed_row_can_be_read(
 
 
 def test_a_view_is_put_in_order_once(pipeline: Pipeline, writer: ViewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hdcache.extract import engine
 
     calls: list[int] = []
 
@@ -223,8 +222,8 @@ def test_a_view_is_put_in_order_once(pipeline: Pipeline, writer: ViewWriter, mon
         calls.append(view)
         return row_order(count, seed, view)
 
-    monkeypatch.setattr(engine, "row_order", counted)
-    engine._order.cache_clear()
+    monkeypatch.setattr(module, "row_order", counted)
+    module._order.cache_clear()
     pipeline.run(writer, [0, 1, 2], ignore)
     assert calls == [0]
 
