@@ -215,6 +215,7 @@ def test_a_complete_shard_is_forwarded_again_only_if_a_failed_row_can_be_read(
 
 
 def test_a_view_is_put_in_order_once(pipeline: Pipeline, writer: ViewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hdcache.extract import pipeline as module
 
     calls: list[int] = []
 
