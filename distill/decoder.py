@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hdcache.distill.objective import Layout, initialise, student_layout
@@ -196,6 +195,8 @@ def cut_normal(width: int, generator: torch.Generator) -> Tensor:
 
 def plain_blocks(width: int, depth: int, heads: int) -> nn.Sequential:
     """``depth`` plain ViT blocks with an MLP of 4 ``width`` and norms of epsilon 1e-6."""
+    from timm.models.vision_transformer import Block
+
     norm = partial(nn.LayerNorm, eps=NORM_EPS)
     return nn.Sequential(*[Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
 

@@ -25,6 +25,7 @@ TINY_RUN: dict[str, Any] = {
 RUN: Sources = {
     "name": "ours: what reports call the run",
     "seed": "ours: any number",
+    "data_seed": "null: seed decides the order too",
     "buffer_rows": "ours: more mixes better and takes more memory; rows of a store are shuffled already",
     "accumulate": "ours: a batch in one piece; pieces give the same step in less memory",
     "log_every": "ours: without effect on the student",

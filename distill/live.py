@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from hdcache.distill.objective import Objective
+from hdcache.distill.run_recipes import named
 from hdcache.distill.settings import Recipe
 from hdcache.distill.teacher_fit import Misfit
 from hdcache.errors import UsageError
@@ -23,7 +24,7 @@ Wanted = dict[str, tuple[str, ...]]
 
 
 def choose_teachers(
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     store: Store | None,
     specs: Sequence[str],
     device: torch.device,
@@ -31,11 +32,13 @@ def choose_teachers(
     online: bool,
     mask: str | MaskSpec | None = None,
     mask_seed: int = 0,
-) -> tuple[dict[str, TeacherCard], Wanted, dict[str, Teacher]]:
-    """Cards of all teachers there are, the targets that ``recipe`` wants of them, and those of them that run in the loop.
+) -> tuple[dict[str, TeacherCard], list[Wanted], dict[str, Teacher]]:
+    """Cards of all teachers there are, the targets that each recipe wants of them, and those of them that run in the loop.
 
     Parameters
     ----------
+    recipes
+        of the students that train together; a teacher that several of them read is loaded once.
     specs
         ``NAME=SPEC`` of live teachers; with a store, only for those whose weights have moved.
     mask, mask_seed
@@ -44,28 +47,52 @@ def choose_teachers(
     Raises
     ------
     UsageError
-        when the recipe wants targets that neither a store nor a live teacher can give, or none where some are named.
+        when a recipe wants targets that neither a store nor a live teacher can give, or none does where some are named.
     """
-    reads = reads_teachers(recipe)
-    if reads and store is None and not online:
+    reading = [recipe for recipe in recipes if reads_teachers(recipe)]
+    if reading and store is None and not online:
         raise UsageError(
-            f"recipe {recipe.name!r} reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC"
+            f"recipe {reading[0].name!r} reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC"
         )
-    if online and not reads:
+    if online and not reading:
         raise UsageError(
-            f"recipe {recipe.name!r} reads no teacher, so none can run in the loop; leave --online and --teacher out"
+            f"recipe {recipes[0].name!r} reads no teacher, so none can run in the loop; leave --online and --teacher out"
         )
     live = named_teachers(specs, device, mask=mask, mask_seed=mask_seed) if online and store is None else {}
     cards = teacher_cards(store, live)
-    with commands_of(store):
-        wanted = recipe.objective.wants(cards)
-    if live and any("logits" in targets for targets in wanted.values()):
-        # A teacher comes without its classifier until a target needs one.
-        live = named_teachers(specs, device, wanted, mask=mask, mask_seed=mask_seed)
+    wanted = []
+    for recipe in recipes:
+        with named(recipe, several=len(recipes) > 1), commands_of(store):
+            wanted.append(recipe.objective.wants(cards))
+    every = union(wanted)
+    if live and any("logits" in targets for targets in every.values()):
+        # A teacher comes without its classifier until a target needs one; with it, it is another network.
+        _check_classifiers(recipes, wanted)
+        live = named_teachers(specs, device, every, mask=mask, mask_seed=mask_seed)
         cards = teacher_cards(store, live)
     if online and store is not None:
-        live = stored_teachers(store, wanted, specs, device)
+        live = stored_teachers(store, every, specs, device)
     return cards, wanted, live
+
+
+def _check_classifiers(recipes: Sequence[Recipe], wanted: Sequence[Wanted]) -> None:
+    for recipe, targets in zip(recipes, wanted, strict=True):
+        for name in (name for name, asked in targets.items() if "logits" in asked):
+            for other, those in zip(recipes, wanted, strict=True):
+                if "logits" not in those.get(name, ("logits",)):
+                    raise UsageError(
+                        f"recipe {recipe.name!r} reads the classifier of teacher {name!r}, without which {other.name!r} reads it; "
+                        f"name it twice (--teacher {name}=MODEL --teacher {name}-2=MODEL) and set objective.teacher in one of them"
+                    )
+
+
+def union(wanted: Iterable[Mapping[str, Sequence[str]]]) -> Wanted:
+    """The targets that any of several students wants, by teacher."""
+    found: dict[str, dict[str, None]] = {}
+    for targets in wanted:
+        for name, asked in targets.items():
+            found.setdefault(name, {}).update(dict.fromkeys(asked))
+    return {name: tuple(targets) for name, targets in found.items()}
 
 
 def reads_teachers(recipe: Recipe) -> bool:

@@ -19,6 +19,10 @@ from hdcache.distill.state import Position
 from hdcache.errors import HdcacheError
 
 
+class LossNotFinite(HdcacheError):
+    """The loss has become infinite or not a number: this student learns no more."""
+
+
 class Log:
     """``metrics.jsonl`` (and TensorBoard where it is installed).
 
@@ -56,7 +60,7 @@ class Log:
             values /= self._ranks.world
         totals = dict(zip(sorted(self._sums), values.tolist(), strict=True))
         if not math.isfinite(totals["loss"]):
-            raise HdcacheError(
+            raise LossNotFinite(
                 f"the loss is {totals['loss']} at step {step}; the last saved state is kept: lower the learning rate "
                 "(--set lr=...), set clip_grad, or turn mixed precision off (--set amp=off), in a new --out folder"
             )

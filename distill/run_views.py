@@ -23,7 +23,7 @@ def choose_views(
         # An objective's own views are of still images.
         own = recipe.objective.default_views() if dataset.card.kind != "video" else None
         name = asked or own or default_views(dataset.card)
-        spec = parse_views(name, recipe.seed)
+        spec = parse_views(name, recipe.order_seed())
     check_varied(recipe, spec, "give --views" if store is None else "extract to a new store with --views")
     return spec, name
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -18,9 +18,13 @@ from hdcache.distill.sdssl import SDSSL
 from hdcache.distill.supervised import Supervised
 from hdcache.distill.tinymim import TinyMIM
 from hdcache.photometric import Photometric
-from hdcache.records import Record
+from hdcache.records import GrownRecord, Record
 
 AnyObjective = Annotated[TinyMIM | AMD | Hybrid | Logits | Supervised | MAE | SDSSL, Field(discriminator="kind")]
+
+
+FREE_FIELDS = {"log_every", "save_every_epochs", "save_every_minutes"}
+"""What of a recipe a run may change when it goes on."""
 
 
 class StudentSpec(Record):
@@ -47,10 +51,11 @@ class StudentSpec(Record):
     """Whether the patch projection keeps its random initial weights (MoCo v3; SDSSL B1: true)."""
 
 
-class Recipe(Record):
+class Recipe(GrownRecord):
     """Everything that decides a training run, given a store."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+    ADDED: ClassVar[frozenset[str]] = frozenset({"data_seed"})
 
     name: str = Field(min_length=1)
     """What the run is called in reports."""
@@ -94,6 +99,8 @@ class Recipe(Record):
     """Momentum at the end of a cosine over the run; null: constant."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, sample order, jitter, drop path and masks."""
+    data_seed: int | None = Field(default=None, ge=0)
+    """Decides sample order and jitter in place of seed, so that students of several seeds can train together; null: seed."""
     buffer_rows: int = Field(default=1024, ge=1)
     """Rows in the shuffle buffer."""
     log_every: int = Field(default=50, ge=1)
@@ -139,6 +146,10 @@ class Recipe(Record):
         """Photometric augmentation of each of the student's views."""
         more = self.jitter if self.second_jitter is None else self.second_jitter
         return (self.jitter, *[more] * (self.objective.fresh_views() - 1))
+
+    def order_seed(self) -> int:
+        """What decides the order of samples and their jitter."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""

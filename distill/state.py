@@ -77,9 +77,21 @@ def save_state(
 
 def saved_facts(folder: Path) -> dict[str, Any]:
     """The ``about`` of the state in ``folder``; empty where there is none that can be read."""
+    return _metadata(folder, "about")
+
+
+def saved_position(folder: Path) -> Position:
+    """Where the run in ``folder`` stands; at its beginning where there is no state that can be read."""
+    try:
+        return Position(**_metadata(folder, "position"))
+    except TypeError:
+        return Position()
+
+
+def _metadata(folder: Path, key: str) -> dict[str, Any]:
     try:
         with safe_open(folder / STATE_FILE, framework="pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()["about"])
+            found: dict[str, Any] = json.loads(file.metadata()[key])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return {}
     return found

@@ -1,265 +1,126 @@
-"""The training loop: schedules, steps, log, saved states. It never mentions an objective by name.
+"""The training loop: batches, each learnt by one student after the other. It never mentions an objective by name.
 
-Deliberately not here: evaluation (``measure`` comes from outside), and any choice that a recipe should make.
+Deliberately not here: what a step is (:mod:`hdcache.distill.learner`), and evaluation, which comes from outside.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 
 from hdcache import stopping
-from hdcache.batch import Batch
-from hdcache.distill.log import Log
-from hdcache.distill.objective import Objective
-from hdcache.distill.ranks import Ranks, agree, first_alone
-from hdcache.distill.schedules import ema_momentum, learning_rate, weight_decay
-from hdcache.distill.settings import Recipe
-from hdcache.distill.state import Position, load_state, save_state
-from hdcache.distill.student import set_drop_paths
+from hdcache.distill.learner import Learner
+from hdcache.distill.log import LossNotFinite
+from hdcache.distill.ranks import Ranks, agree
 from hdcache.loader import Loader
-from hdcache.options import Trained
 from hdcache.progress import Progress
-from hdcache.schema import Preprocessing
-from hdcache.teachers import choose_precision
-
-Monitor = Callable[[nn.Module, Preprocessing, Trained], dict[str, float]]
-"""Called with (student, its input, :class:`~hdcache.options.Trained`); returns layer -> accuracy in percent, and leaves the
-student and its mode as they were."""
 
 
-class Step(nn.Module):
-    """Student, heads and loss as one module, so that DistributedDataParallel sees every gradient."""
+def train(learners: Sequence[Learner], loader: Loader, *, ranks: Ranks, quiet: bool) -> None:
+    """Train every student to the end of its epochs, on the same batches; each has its ``outcome`` then.
 
-    def __init__(self, objective: Objective, student: nn.Module, heads: nn.Module, seed: int) -> None:
-        super().__init__()
-        self.objective, self.student, self.heads, self.seed = objective, student, heads, seed
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        taps = self.objective.forward(self.student, batch, self.heads, self.seed)
-        return self.objective.loss(batch, taps, self.heads)
-
-
-@dataclass
-class Outcome:
-    """What a training run did."""
-
-    steps: int
-    seconds: float
-    """Training seconds over all sessions."""
-    samples_per_second: float
-    """Of this session."""
-    wait_share: float
-    """Share of this session's time that was spent waiting for data."""
-    loss: float | None
-    """Mean loss of the last logged interval; None where no step was logged."""
-    resumed_at: int
-    """Step at which this session started."""
-    device_memory: int | None
-    """Most bytes that tensors of this process held on its GPU at once, teachers in the loop included; None on a CPU."""
-
-
-def train(
-    recipe: Recipe,
-    objective: Objective,
-    student: nn.Module,
-    heads: nn.Module,
-    loader: Loader,
-    folder: Path,
-    *,
-    device: torch.device,
-    ranks: Ranks,
-    about: dict[str, Any],
-    publish: Callable[[nn.Module | None], None],
-    quiet: bool,
-    measure: Callable[[nn.Module], dict[str, float]] | None = None,
-    measure_every: int = 1,
-) -> tuple[Outcome, nn.Module | None]:
-    """Train ``student`` in place for ``recipe.epochs``; returns the outcome and the averaged student, if asked for.
-
-    ``about`` is saved with the state, and a resumed run must bring the same. ``publish`` is called after every saved
-    state, with the averaged student, to write a student that can be used. ``measure`` is given the averaged student,
-    or the student where there is none, before the first step, after every ``measure_every`` epochs and after the last
-    one; what it returns is logged. Only the first process measures. Training is the same with and without it.
+    A batch is read once. All students learn from one piece of it before the next piece is made. One that is further than
+    the others, because a run was killed between two saves, waits for them. One whose loss is not finite learns no more, and
+    says so in ``failed``; its last saved state stays.
 
     Raises
     ------
-    HdcacheError
-        when the loss is not finite (the last saved state stays), or a signal asked for a stop (state saved).
+    Interrupted
+        when a signal asked for a stop (all states saved).
     """
-    step_module = Step(objective, student, heads, recipe.seed).to(device).train()
-    averaged = copy.deepcopy(student).eval().requires_grad_(False) if recipe.ema is not None else None
-    # What evaluation prefers: the recipe's own average, else one that the objective keeps among its heads.
-    preferred = averaged if averaged is not None else objective.averaged(heads)
-    optimizer, names = build_optimizer(step_module, recipe)
-    modules: dict[str, nn.Module] = {"student": student, "heads": heads} | (
-        {"ema": averaged} if averaged is not None else {}
-    )
-    position = load_state(folder, modules, optimizer, names, about) or Position()
-    if ranks.first:
-        (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
-    wrapped: nn.Module = step_module
-    if ranks.world > 1:
-        # An objective may leave a part of the student without gradient (TinyMIM's last block), so the search for it stays
-        # on. Where it finds nothing, torch warns in every run, from C++ and past Python's filters; so it finds this.
-        step_module.register_parameter("unused", nn.Parameter(torch.zeros((), device=device)))
-        wrapped = nn.parallel.DistributedDataParallel(
-            step_module, device_ids=[device.index or 0] if device.type == "cuda" else None, find_unused_parameters=True
-        )
-    # Views may differ in how many of their rows are usable.
-    total = sum(loader.batches_per_epoch(epoch) for epoch in range(recipe.epochs))
-    warmup = round(recipe.warmup_epochs * total / max(1, recipe.epochs))
-    precision = autocast_precision(recipe, device)
-    weights = recipe.loss_weights()
-    resumed_at, started, waited = position.step, time.monotonic(), loader.waited
-    before, saved = position.seconds, started
-
-    def save(log: Log) -> None:
-        position.seconds = before + time.monotonic() - started
-        log.pause(position)
-        if ranks.first:
-            save_state(folder, position, modules, optimizer, names, about)
-            publish(preferred)
-
-    def measured(log: Log, bar: Progress) -> float:
-        """Measure if it is due and not in the log; the seconds that it took."""
-        last = position.epoch == recipe.epochs
-        if measure is None or position.batch or (position.epoch % measure_every and not last):
-            return 0.0
-        began = time.monotonic()
-        with first_alone(ranks):
-            if ranks.first and position.step not in log.measured:
-                log.note(position, measure(student if preferred is None else preferred))
-        seconds = time.monotonic() - began
-        log.rest(seconds)
-        bar.rest(seconds)
-        return seconds
-
+    longest, batch_size = max(learner.total for learner in learners), loader.options.batch_size
     with (
-        closing(Log(folder, ranks, recipe.log_every, position, device)) as log,
-        Progress("distill", total * recipe.batch_size, "samples", quiet=quiet or not ranks.first) as bar,
-        ExitStack() as running,
+        Progress("distill", longest * batch_size, "samples", quiet=quiet or not ranks.first) as bar,
+        ExitStack() as work,
     ):
-        bar.skip(position.step * recipe.batch_size)
+        for learner in learners:
+            work.enter_context(learner.at_work(loader.waited))
         # Before the first step; in a resumed run, what the one before it was stopped from measuring.
-        started += measured(log, bar)
-        while position.epoch < recipe.epochs:
+        _measure(learners, learners, bar)
+        _finish(learners, loader)
+        bar.skip(0 if _learning(learners) else longest * batch_size)
+        saved = time.monotonic()
+        while here := _learning(learners):
+            (epoch, start), reached = min((learner.place, learner.position.step) for learner in here)
+            bar.skip(reached * batch_size - bar.done)
             # Left early, by a stop or an error, it must end its threads at once.
-            batches = running.enter_context(closing(loader.epoch(position.epoch, position.batch)))
-            for _, pieces in itertools.groupby(batches, key=lambda piece: piece.index):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(position.step, total, warmup, recipe.peak_lr(), recipe.min_lr)
-                    if group["decays"]:
-                        group["weight_decay"] = weight_decay(
-                            position.step, total, recipe.weight_decay, recipe.weight_decay_end
-                        )
-                now = {part: weights[part] * factor for part, factor in objective.factors(position.step, total).items()}
-                parts = one_step(wrapped, student, optimizer, pieces, recipe, weights | now, precision, device)
-                objective.after_step(student, heads, position.step, total)
-                if averaged is not None:
-                    update_average(
-                        averaged, student, ema_momentum(position.step, total, recipe.ema or 0.0, recipe.ema_end)
-                    )
-                position.step += 1
-                position.batch += 1
-                session = time.monotonic() - started
-                share = (loader.waited - waited) / max(session, 1e-9)
-                ends = position.step == total
-                line = log.add(position, parts, optimizer.param_groups[0], recipe.batch_size, share, last=ends)
-                bar.advance(
-                    recipe.batch_size,
-                    f"loss {line:.4f}  waiting for data {100 * share:.0f} %" if line is not None else "",
-                )
-                due = time.monotonic() - saved > 60 * recipe.save_every_minutes
-                stop, due = agree(ranks, position.step, recipe.log_every, save=due)
+            batches = work.enter_context(closing(loader.epoch(epoch, start)))
+            since = time.monotonic(), loader.waited
+            for piece in batches:
+                here = [learner for learner in _learning(learners) if learner.place == (epoch, piece.index)]
+                if not here:
+                    break
+                logged = [_attempt(learner, partial(learner.step, piece, loader.waited)) for learner in here]
+                if piece.piece < piece.pieces - 1:
+                    continue
+                reached += 1
+                now = time.monotonic(), loader.waited
+                for learner in _learning(learners):
+                    if learner not in here:
+                        learner.rest(now[0] - since[0], now[1] - since[1])
+                since = now
+                bar.advance(batch_size, _facts(learners, here[0].wait_share(loader.waited)) if any(logged) else "")
+                recipes = [learner.recipe for learner in here]
+                due = now[0] - saved > 60 * min(recipe.save_every_minutes for recipe in recipes)
+                stop, due = agree(ranks, reached, min(recipe.log_every for recipe in recipes), save=due)
                 if stop or due:
-                    save(log)
+                    _save(_learning(learners))
                     saved = time.monotonic()
-                if stop:
-                    raise stopping.stop(f"epoch {position.epoch}, step {position.step} saved in {folder}")
-            position.epoch, position.batch = position.epoch + 1, 0
-            if position.epoch % recipe.save_every_epochs == 0 or position.epoch == recipe.epochs:
-                save(log)
+                if stop and _learning(learners):
+                    raise stopping.stop(f"epoch {epoch}, step {reached} saved in {_folders(learners)}")
+            batches.close()
+            ended = [one for one in _learning(learners) if one.place == (epoch, loader.batches_per_epoch(epoch))]
+            if due_now := [learner for learner in ended if learner.end_epoch()]:
+                _save(due_now)
                 saved = time.monotonic()
-            # After the state is safe: measuring may take long, and a scheduler may not wait.
-            started += measured(log, bar)
-    session = max(time.monotonic() - started, 1e-9)
-    done = position.step - resumed_at
-    return Outcome(
-        position.step,
-        position.seconds,
-        done * recipe.batch_size / session,
-        (loader.waited - waited) / session,
-        log.mean,
-        resumed_at,
-        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    ), preferred
+            # After the states are safe: measuring may take long, and a scheduler may not wait.
+            _measure(ended, learners, bar)
+            _finish(ended, loader)
 
 
-def one_step(
-    wrapped: nn.Module,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    pieces: Iterable[Batch],
-    recipe: Recipe,
-    weights: dict[str, float],
-    precision: torch.dtype | None,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """One optimizer step on one (local) batch, in the pieces it comes in; returns the parts of the loss, detached."""
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    for piece in pieces:
-        set_drop_paths(student, piece.ids, recipe.seed, piece.epoch)
-        share, last = piece.share, piece.piece == piece.pieces - 1
-        sync = (
-            nullcontext() if last or not isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped.no_sync()
-        )
-        with sync:
-            with torch.autocast(device.type, precision) if precision is not None else nullcontext():
-                parts = wrapped(piece)
-                loss = sum((weights[name] * value for name, value in parts.items()), torch.zeros((), device=device))
-            (loss * share).backward()
-        for name, value in parts.items() | {("loss", loss)}:
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach() * share
-    if recipe.clip_grad is not None:
-        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), recipe.clip_grad)
-    optimizer.step()
-    return sums
+def _learning(learners: Sequence[Learner]) -> list[Learner]:
+    return [learner for learner in learners if learner.learning]
 
 
-def build_optimizer(module: nn.Module, recipe: Recipe) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW with no weight decay on norms and biases (MAE's and TinyMIM's rule); and the parameters' names in its order."""
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    decayed = [(n, p) for n, p in trained if p.ndim > 1]
-    others = [(n, p) for n, p in trained if p.ndim <= 1]
-    groups = [
-        {"params": [p for _, p in decayed], "weight_decay": recipe.weight_decay, "decays": True},
-        {"params": [p for _, p in others], "weight_decay": 0.0, "decays": False},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas), [name for name, _ in decayed + others]
+def _attempt(learner: Learner, work: Callable[[], bool | None]) -> bool:
+    """Whether ``work`` says so; a loss that is not finite ends this student alone."""
+    try:
+        return bool(work())
+    except LossNotFinite as error:
+        learner.failed = error
+        return False
 
 
-def autocast_precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the recipe's ``amp`` asks for it and the device computes in it; None is float32."""
-    if recipe.amp == "off":
-        return None
-    if recipe.amp == "bf16" or choose_precision("auto", device) == "bf16":
-        return torch.bfloat16
-    return None
+def _save(learners: Sequence[Learner]) -> None:
+    for learner in learners:
+        _attempt(learner, learner.save)
 
 
-@torch.no_grad()
-def update_average(averaged: nn.Module, student: nn.Module, momentum: float) -> None:
-    """averaged <- momentum * averaged + (1 - momentum) * student, parameter by parameter."""
-    for mean, value in zip(averaged.parameters(), student.parameters(), strict=True):
-        mean.lerp_(value.detach(), 1 - momentum)
+def _measure(due: Sequence[Learner], learners: Sequence[Learner], bar: Progress) -> None:
+    """Measure each student of ``due``; the time is no training time of any."""
+    for learner in (learner for learner in due if learner.failed is None):
+        seconds = learner.measure()
+        for one in learners:
+            one.rest(seconds)
+        bar.rest(seconds)
+
+
+def _finish(learners: Sequence[Learner], loader: Loader) -> None:
+    for learner in learners:
+        if not learner.learning:
+            learner.finish(loader.waited)
+
+
+def _facts(learners: Sequence[Learner], wait_share: float) -> str:
+    """What the bar says beside the rate: the last mean loss of every student, in their order."""
+    means = (learner.log.mean for learner in learners)
+    losses = " ".join("-" if mean is None else f"{mean:.4f}" for mean in means)
+    return f"loss {losses}  waiting for data {100 * wait_share:.0f} %"
+
+
+def _folders(learners: Sequence[Learner]) -> str:
+    if len(learners) == 1:
+        return str(learners[0].folder)
+    return f"{learners[0].folder.parent} for {', '.join(learner.recipe.name for learner in _learning(learners))}"

@@ -26,9 +26,10 @@ from hdcache import draws
 from hdcache.backbones import Backbone
 from hdcache.datasets import open_dataset
 from hdcache.distill.live import commands_of, reads_teachers
-from hdcache.distill.run import distill, resolve
+from hdcache.distill.run import distill
+from hdcache.distill.run_recipes import resolve
 from hdcache.distill.run_views import check_varied
-from hdcache.distill.settings import Recipe
+from hdcache.distill.settings import FREE_FIELDS, Recipe
 from hdcache.distill.state import saved_facts
 from hdcache.distill.student import build_student, student_input
 from hdcache.durable import durable_write
@@ -45,8 +46,6 @@ from hdcache.targets import sources
 from hdcache.teachers import Teacher, card_of, choose_device, choose_precision, load_teacher, split_name
 from hdcache.views import default_views, parse_views
 
-# What a run may change when it goes on.
-FREE_FIELDS = {"log_every", "save_every_epochs", "save_every_minutes"}
 BEYOND = {"amd": "needs a teacher that is run under a mask", "logits": "needs the classifier of its teacher"}
 
 
@@ -87,6 +86,7 @@ def distill_chain(
     rows_per_shard: int = 256,
     max_failures: int | None = None,
     quiet: bool = True,
+    **engine: Any,
 ) -> dict[str, Any]:
     """Distill one student after the other, each from the one before; the same call again goes on where it stopped.
 
@@ -104,7 +104,7 @@ def distill_chain(
     overrides, stage_overrides
         dotted recipe fields to change in all stages, and in single ones (from 1), which go before.
     views, num_views, view_seed, encoding, fidelity, precision, batch, rows_per_shard, max_failures
-        as for extraction; the same for all stages.
+        as for extraction; the same for all stages, and so is ``engine``: its engine, workers, scheduler ...
 
     Returns
     -------
@@ -154,7 +154,7 @@ def distill_chain(
             data, store=store_path, teachers=[f"{stage.teacher}={stage.source}"], taps=stage.taps, views=views,
             num_views=num_views, view_seed=view_seed, encoding=encoding, fidelity=fidelity, precision=precision,
             device=device, batch=batch, threads=threads, rows_per_shard=rows_per_shard, max_failures=max_failures,
-            quiet=quiet,
+            quiet=quiet, **engine,
         )  # fmt: skip
         result = distill(
             stage.recipe, out=stage.folder, store=store_path, data=data, num_views=num_views, device=device,

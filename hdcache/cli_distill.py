@@ -8,17 +8,29 @@ from typing import Any
 
 import click
 
-from hdcache.cli_options import extraction, output, pairs, prepare, print_result, stage_pairs, teacher_mask
+from hdcache.cli_options import extraction, numbered_pairs, output, pairs, prepare, print_result, teacher_mask
+from hdcache.resources import keep_freed_memory
 
 
 @click.command()
-@click.argument("recipe")
-@click.option("--out", required=True, help="Folder of the run; the same command again goes on there.")
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
+@click.option(
+    "--out", required=True,
+    help="Folder of the run; of several students, of their folders, each named as its recipe. The same command again goes on there.",
+)  # fmt: skip
 @click.option("--store", help="Store with the teachers' targets.")
 @click.option("--data", help="Data set, when there is no store or the data has moved.")
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE",
-    help="Change a recipe field, e.g. --set student.drop_path=0.2. Repeat for several.",
+    help="Change a field of all recipes, e.g. --set student.drop_path=0.2. Repeat for several.",
+)  # fmt: skip
+@click.option(
+    "--set-recipe", "single", multiple=True, metavar="N:FIELD=VALUE",
+    help="Change a field of one of several recipes, from 1, e.g. --set-recipe 2:objective.teacher=dino.",
+)  # fmt: skip
+@click.option(
+    "--sweep", "sweeps", multiple=True, metavar="FIELD=A,B,C",
+    help="Train each recipe with each of these values, e.g. --sweep lr=1e-3,3e-4. Repeat for all combinations.",
 )  # fmt: skip
 @click.option(
     "--online", is_flag=True, help="Run the teachers in the loop instead of reading the store (the baseline)."
@@ -44,13 +56,19 @@ from hdcache.cli_options import extraction, output, pairs, prepare, print_result
 )
 @output
 def distill(
-    as_json: bool, quiet: bool, verbose: int, recipe: str, changes: Sequence[str], knn_train: str | None,
-    knn_test: str | None, knn_every: int | None, knn_layers: Sequence[str], knn_stride: int | None, **settings: Any,
+    as_json: bool, quiet: bool, verbose: int, recipes: Sequence[str], changes: Sequence[str], single: Sequence[str],
+    sweeps: Sequence[str], knn_train: str | None, knn_test: str | None, knn_every: int | None, knn_layers: Sequence[str],
+    knn_stride: int | None, **settings: Any,
 ) -> None:  # fmt: skip
-    """Train a student by RECIPE: a name of 'hdcache recipes', or a JSON or YAML file."""
+    """Train a student by RECIPE: a name of 'hdcache recipes', or a JSON or YAML file.
+
+    Several recipes, or a --sweep, train their students from the same batches, read once.
+    """
     prepare(quiet, verbose)
+    keep_freed_memory()
     from hdcache.distill.run import distill as run
-    from hdcache.distill.run import format_run
+    from hdcache.distill.run import distill_several
+    from hdcache.distill.run_report import format_run
 
     if knn_train is not None:
         from hdcache.evaluate.monitor import knn_monitor
@@ -60,10 +78,18 @@ def distill(
         settings["monitor_every"] = 1 if knn_every is None else knn_every
     elif (knn_test, knn_every, knn_layers, knn_stride) != (None, None, (), None):
         raise click.UsageError("--knn-test, -every, -layers and -stride say how to measure; add --knn-train DATA")
-    result = run(recipe, overrides=pairs(changes, "--set"), quiet=quiet, **settings)
+    settings |= {"overrides": pairs(changes, "--set"), "quiet": quiet}
+    chosen = numbered_pairs(single, "--set-recipe", "N")
+    several = len(recipes) > 1 or bool(sweeps)
+    if chosen and not several:
+        raise click.UsageError("--set-recipe changes one of several recipes; with one alone use --set FIELD=VALUE")
+    if several:
+        found = distill_several(recipes, recipe_overrides=chosen, sweep=pairs(sweeps, "--sweep"), **settings)
+    else:
+        found = [run(recipes[0], **settings)]
     # Under torchrun every process comes here; one speaks for all.
     if os.environ.get("RANK", "0") == "0":
-        print_result(result, format_run(result), as_json)
+        print_result(found if several else found[0], "\n".join(map(format_run, found)), as_json)
 
 
 @click.command()
@@ -93,7 +119,7 @@ def chain(
     from hdcache.chain import distill_chain, format_chain
 
     result = distill_chain(
-        data, recipes=stages, overrides=pairs(changes, "--set"), stage_overrides=stage_pairs(single, "--set-stage"),
+        data, recipes=stages, overrides=pairs(changes, "--set"), stage_overrides=numbered_pairs(single, "--set-stage", "STAGE"),
         quiet=quiet, **settings,
     )  # fmt: skip
     print_result(result, format_chain(result), as_json)

@@ -17,7 +17,8 @@ from hdcache.backbones import load_backbone
 from hdcache.datasets import open_dataset
 from hdcache.distill.changes import validated
 from hdcache.distill.recipes import get_recipe
-from hdcache.distill.run import distill, format_run
+from hdcache.distill.run import distill
+from hdcache.distill.run_report import format_run
 from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.extract.run import extract

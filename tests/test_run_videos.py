@@ -18,7 +18,8 @@ import pytest
 
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.ranks import Ranks
-from hdcache.distill.run import distill, format_run
+from hdcache.distill.run import distill
+from hdcache.distill.run_report import format_run
 from hdcache.distill.run_videos import unreadable_videos
 from hdcache.errors import InputNotFound, Interrupted, UsageError
 from hdcache.loader import Loader

@@ -12,7 +12,8 @@ import pytest
 
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.distill.recipes import get_recipe
-from hdcache.distill.run import distill, format_run
+from hdcache.distill.run import distill
+from hdcache.distill.run_report import format_run
 from hdcache.distill.run_views import choose_views, name_of
 from hdcache.errors import UsageError
 from hdcache.schema import ViewSpec

@@ -72,6 +72,16 @@ def test_every_student_view_has_an_augmentation() -> None:
     assert found == (Photometric(), Photometric(brightness=0.1))
 
 
+def test_the_order_has_the_seed_of_the_run_or_one_of_its_own() -> None:
+    """Recipes of before, which have none, are spelled as they were."""
+    plain = Recipe.model_validate(MINIMAL | {"seed": 3})
+    assert plain.order_seed() == 3
+    assert "data_seed" not in plain.model_dump(mode="json")
+    own = Recipe.model_validate(MINIMAL | {"seed": 3, "data_seed": 0})
+    assert own.order_seed() == own.model_dump(mode="json")["data_seed"] == 0
+    assert Recipe.model_validate(own.model_dump(mode="json")) == own
+
+
 def test_learning_rate_is_absolute_or_per_256_images() -> None:
     assert Recipe.model_validate(MINIMAL).peak_lr() == 1e-3
     scaled = Recipe.model_validate(MINIMAL | {"lr": None, "base_lr": 1e-3, "batch_size": 1024})

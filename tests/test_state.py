@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hdcache.distill import state
-from hdcache.distill.state import STATE_FILE, Position, load_state, save_state, saved_facts
+from hdcache.distill.state import STATE_FILE, Position, load_state, save_state, saved_facts, saved_position
 from hdcache.errors import OutOfSpace, StoreMismatch
 
 ABOUT = {"recipe": {"lr": 0.1, "seed": 3, "betas": (0.9, 0.95)}, "manifests": {"t": {"0": "abc"}}, "online": False}
@@ -152,8 +152,8 @@ def test_other_errors_of_the_disk_are_not_hidden(tmp_path: Path, monkeypatch: py
 
 
 def test_facts_of_a_state_are_read_without_its_tensors(tmp_path: Path) -> None:
-    assert saved_facts(tmp_path) == {}
+    assert (saved_facts(tmp_path), saved_position(tmp_path)) == ({}, Position())
     Run(1, 1).save(tmp_path, POSITION)
-    assert saved_facts(tmp_path) == json.loads(json.dumps(ABOUT))
+    assert (saved_facts(tmp_path), saved_position(tmp_path)) == (json.loads(json.dumps(ABOUT)), POSITION)
     (tmp_path / STATE_FILE).write_bytes(b"torn")
-    assert saved_facts(tmp_path) == {}
+    assert (saved_facts(tmp_path), saved_position(tmp_path)) == ({}, Position())

@@ -20,22 +20,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hdcache import stopping
-from hdcache.batch import Batch
-from hdcache.distill import trainer
+from hdcache.distill import learner
+from hdcache.distill.learner import Learner, add_gradients
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
-from hdcache.distill.student import build_student
-from hdcache.distill.trainer import (
-    autocast_precision,
-    build_optimizer,
-    one_step,
-    train,
-    update_average,
-)
 from hdcache.errors import HdcacheError, Interrupted
 from hdcache.options import Trained
 from hdcache.schema import Preprocessing
-from hdcache.taps import Tokens
 
 Make = Callable[..., Recipe]
 Python = Callable[..., "subprocess.Popen[str]"]
@@ -73,7 +64,7 @@ def test_training_that_is_left_early_ends_the_loaders_threads(
         seen.append(at_work())
         raise HdcacheError("enough")
 
-    monkeypatch.setattr(trainer, "one_step", fail)
+    monkeypatch.setattr(Learner, "step", fail)
     with pytest.raises(HdcacheError, match="enough") as caught:
         run(small_recipe(), tmp_path / "a", tiny_store)
     assert seen[0], "no thread was at work, so that this shows nothing"
@@ -123,17 +114,17 @@ def test_live_without_a_store_equals_live_with_one(
 
 KILLED = """
 import json, os, signal, sys
-from hdcache.distill import trainer
+from hdcache.distill.learner import Learner
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
 recipe, out, store, last = sys.argv[1:]
-step, left = trainer.one_step, [int(last)]
-def one_step(*rest):
+step, left = Learner.step, [int(last)]
+def counted(*rest):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*rest)
-trainer.one_step = one_step
+Learner.step = counted
 distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=2)
 """
 
@@ -165,14 +156,16 @@ def test_stopped_in_an_epoch_and_resumed_equals_undisturbed(
     for stop_after in (2, 1, 4):
         taken = []
 
-        def signalled(*rest: Any, taken: list[int] = taken, stop_after: int = stop_after) -> Any:
+        def signalled(
+            *rest: Any, taken: list[int] = taken, stop_after: int = stop_after, step: Any = Learner.step
+        ) -> Any:
             taken.append(1)
             if len(taken) == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return one_step(*rest)
+            return step(*rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "one_step", signalled)
+            patch.setattr(Learner, "step", signalled)
             with pytest.raises(
                 Interrupted, match=r"stopped by SIGTERM with epoch \d, step \d saved in .*; run the same"
             ) as caught:
@@ -198,7 +191,7 @@ def test_states_are_saved_as_often_as_asked(
     tiny_store: Path, tmp_path: Path, small_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(trainer, "save_state", lambda folder, position, *_: saved.append(position.epoch))
+    monkeypatch.setattr(learner, "save_state", lambda folder, position, *_: saved.append(position.epoch))
     run(small_recipe(epochs=5, save_every_epochs=2), tmp_path / "a", tiny_store)
     assert saved == [2, 4, 5]
 
@@ -257,19 +250,19 @@ def test_two_processes_train_as_one(tiny_store: Path, tmp_path: Path, small_reci
 STOPPED = """
 import os, signal, sys
 from hdcache import stopping
-from hdcache.distill import trainer
+from hdcache.distill.learner import Learner
 from hdcache.distill.run import distill
 from hdcache.distill.settings import Recipe
 from hdcache.errors import HdcacheError
 stopping.install()
 recipe, out, store = sys.argv[1:]
-step, taken = trainer.one_step, []
-def one_step(*rest):
+step, taken = Learner.step, []
+def counted(*rest):
     taken.append(1)
     if len(taken) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*rest)
-trainer.one_step = one_step
+Learner.step = counted
 try:
     distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", threads=1)
 except HdcacheError as error:
@@ -286,127 +279,6 @@ def test_a_signal_to_one_process_stops_all(
     assert [code for code, _ in ended] == [75, 75], ended
     assert "stopped by a signal to another process with epoch 0, step 4 saved in" in ended[0][1]
     assert "stopped by SIGTERM with epoch 0, step 4 saved in" in ended[1][1]
-
-
-# One step
-
-
-class Sum(nn.Module):
-    """A loss that is linear in the batch: mean of w times the images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.ones(3))
-
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        means = batch.images.mean((2, 3)) @ self.w
-        return {"a": means.mean(), "b": (means**2).mean()}
-
-
-def batch_of(count: int) -> Batch:
-    noise = torch.Generator().manual_seed(0)
-    images = torch.randn(count, 3, 4, 4, generator=noise)
-    tokens = Tokens(torch.zeros(count, 1, 2), torch.arange(count * 6).float().view(count, 3, 2))
-    targets: dict[str, dict[str, Tokens | torch.Tensor]] = {"t": {"final": tokens, "pooled": torch.arange(count)}}
-    return Batch(images, [str(i) for i in range(count)], torch.arange(count), targets, 0, 0, 0)
-
-
-def pieces_of(count: int, number: int) -> list[Batch]:
-    """A batch as a loader with ``Options.pieces`` yields it."""
-    whole, cut = batch_of(count), [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
-    return [
-        Batch(
-            whole.images[part], whole.ids[part], whole.labels[part], {}, 0, 0, 0, i, number, (part.stop - part.start) / count
-        )
-        for i, part in enumerate(cut)
-    ]  # fmt: skip
-
-
-def gradient(small_recipe: Make, count: int, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    module = Sum()
-    recipe = small_recipe(batch_size=count, **changes)
-    parts = one_step(
-        module,
-        module,
-        torch.optim.SGD(module.parameters(), lr=0.0),
-        pieces_of(count, min(recipe.accumulate, count)),
-        recipe,
-        {"a": 1.0, "b": 2.0},
-        None,
-        CPU,
-    )
-    assert module.w.grad is not None
-    return module.w.grad.clone(), parts
-
-
-def test_accumulated_gradients_are_those_of_the_whole_batch(small_recipe: Make) -> None:
-    whole, parts = gradient(small_recipe, 6)
-    assert parts["loss"] == pytest.approx(float(parts["a"] + 2 * parts["b"]))
-    for pieces in (2, 3, 6):
-        grad, pieced = gradient(small_recipe, 6, accumulate=pieces)
-        assert torch.allclose(grad, whole, rtol=1e-5)
-        assert all(float(pieced[name]) == pytest.approx(float(parts[name]), rel=1e-5) for name in parts)
-
-
-def test_gradients_are_clipped_as_a_whole(small_recipe: Make) -> None:
-    whole, _ = gradient(small_recipe, 6)
-    assert float(whole.norm()) > 0.02
-    clipped, _ = gradient(small_recipe, 6, clip_grad=0.01)
-    assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
-    assert torch.allclose(clipped / clipped.norm(), whole / whole.norm())
-    loose, _ = gradient(small_recipe, 6, clip_grad=100.0)
-    assert torch.equal(loose, whole)
-
-
-def test_accumulation_trains_the_same_student(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
-    for pieces in (1, 2):
-        run(small_recipe(accumulate=pieces), tmp_path / str(pieces), tiny_store)
-    for (_, one), (_, two) in zip(losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True):
-        assert one == pytest.approx(two, rel=1e-5)
-
-
-def test_only_matrices_decay(small_recipe: Make) -> None:
-    recipe = small_recipe(student__sincos_positions=False, student__arguments={"reg_tokens": 2, "init_values": 0.1})
-    student: Any = build_student(recipe.student, 0)
-    module = nn.ModuleDict({"student": student, "heads": nn.Linear(2, 2)})
-    optimizer, names = build_optimizer(module, recipe)
-    decayed, plain = optimizer.param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
-    of = {id(parameter): name for name, parameter in module.named_parameters()}
-    assert [of[id(p)] for group in optimizer.param_groups for p in group["params"]] == names
-    decaying = {of[id(p)] for p in decayed["params"]}
-    tokens = {"student.cls_token", "student.reg_token", "student.pos_embed"}
-    assert tokens <= decaying, "as in the released code: only vectors are spared"
-    assert all(name.endswith("weight") and "norm" not in name for name in decaying - tokens)
-    rest = {of[id(p)] for p in plain["params"]}
-    assert "student.blocks.0.ls1.gamma" in rest
-    assert len(decaying | rest) == len(list(module.parameters()))
-
-
-def test_fixed_positions_are_not_optimized(small_recipe: Make) -> None:
-    _, names = build_optimizer(build_student(small_recipe().student, 0), small_recipe())
-    assert "cls_token" in names
-    assert "pos_embed" not in names
-
-
-def test_an_average_follows_its_momentum() -> None:
-    mean, value = nn.Linear(2, 2), nn.Linear(2, 2)
-    expected = 0.75 * mean.weight.detach() + 0.25 * value.weight.detach()
-    update_average(mean, value, 0.75)
-    assert torch.allclose(mean.weight, expected)
-    update_average(mean, value, 0.0)
-    assert torch.equal(mean.weight, value.weight)
-
-
-def test_the_averaged_student_is_written_beside_the_other(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
-    run(small_recipe(ema=0.9), tmp_path / "a", tiny_store)
-    run(small_recipe(ema=0.0), tmp_path / "b", tiny_store)
-    run(small_recipe(), tmp_path / "c", tiny_store)
-    assert weights(tmp_path / "a" / "ema") != weights(tmp_path / "a")
-    assert weights(tmp_path / "b" / "ema") == weights(tmp_path / "b")
-    assert not (tmp_path / "c" / "ema").exists()
-    assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
-    assert json.loads((tmp_path / "a/ema/config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
 
 
 # The log
@@ -461,12 +333,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
 ) -> None:
     taken: list[int] = []
 
-    def broken(*rest: Any) -> dict[str, torch.Tensor]:
-        parts = one_step(*rest)
+    def broken(*rest: Any) -> None:
+        add_gradients(*rest)
         taken.append(1)
-        return {name: value * math.nan if len(taken) == 6 else value for name, value in parts.items()}
+        if len(taken) == 6:
+            rest[-1]["loss"] *= math.nan
 
-    monkeypatch.setattr(trainer, "one_step", broken)
+    monkeypatch.setattr(learner, "add_gradients", broken)
     with pytest.raises(
         HdcacheError, match=r"the loss is nan at step 8; the last saved state is kept: lower the learning"
     ):
@@ -541,14 +414,16 @@ def test_a_resumed_run_measures_what_is_missing_and_nothing_twice(
     for stop_after in (2, 2):  # step 2; then step 4, the last of its epoch
         taken: list[int] = []
 
-        def signalled(*rest: Any, taken: list[int] = taken, stop_after: int = stop_after) -> Any:
+        def signalled(
+            *rest: Any, taken: list[int] = taken, stop_after: int = stop_after, step: Any = Learner.step
+        ) -> Any:
             taken.append(1)
             if len(taken) == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return one_step(*rest)
+            return step(*rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "one_step", signalled)
+            patch.setattr(Learner, "step", signalled)
             with pytest.raises(Interrupted):
                 run(recipe, tmp_path / "a", tiny_store, monitor=Recorder())
         stopping._received.clear()
@@ -609,51 +484,3 @@ def test_one_of_several_processes_measures(
     assert [code for code, _ in ended] == [0, 0], ended
     assert [output.count("measured by rank") for _, output in ended] == [3, 0], ended
     assert [(epoch, step) for epoch, step, _ in measured(tmp_path / "two")] == [(0, 0), (1, 4), (2, 8)]
-
-
-# Arithmetic
-
-
-def test_mixed_precision_runs_on_a_cpu(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
-    exact = run(small_recipe(), tmp_path / "exact", tiny_store)
-    mixed = run(small_recipe(amp="bf16"), tmp_path / "mixed", tiny_store)
-    assert (exact["amp"], mixed["amp"]) == ("None", "torch.bfloat16")
-    assert mixed["loss"] != exact["loss"]
-    assert mixed["loss"] == pytest.approx(exact["loss"], rel=0.1)
-    assert all(value.dtype == torch.float32 for value in load_file(tmp_path / "mixed" / "student.safetensors").values())
-
-
-def test_mixed_precision_is_what_the_recipe_says(small_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert autocast_precision(small_recipe(amp="off"), CPU) is None
-    assert autocast_precision(small_recipe(amp="bf16"), CPU) is torch.bfloat16
-    for native, expected in (("bf16", torch.bfloat16), ("fp32", None)):
-        monkeypatch.setattr(trainer, "choose_precision", lambda *_, native=native: native)
-        assert autocast_precision(small_recipe(amp="auto"), CPU) is expected
-
-
-def test_no_epochs_write_the_untrained_student(tiny_store: Path, tmp_path: Path, small_recipe: Make) -> None:
-    recipe = small_recipe(epochs=0, warmup_epochs=0)
-    result = run(recipe, tmp_path / "a", tiny_store)
-    assert (result["steps"], result["loss"]) == (0, None)
-    json.dumps(result, allow_nan=False)
-    assert "NaN" not in (tmp_path / "a" / "run.json").read_text()
-    written = load_file(tmp_path / "a" / "student.safetensors")
-    untrained = build_student(recipe.student, recipe.seed).state_dict()
-    assert written.keys() == untrained.keys()
-    assert all(torch.equal(written[key], untrained[key]) for key in written)
-    assert lines(tmp_path / "a") == []
-
-
-def test_the_last_block_of_relation_distillation_keeps_its_tail(
-    tiny_store: Path, tmp_path: Path, small_recipe: Make
-) -> None:
-    recipe = small_recipe()
-    assert run(recipe, tmp_path / "a", tiny_store)["last_trained"] == "block2.out"
-    written, start = load_file(tmp_path / "a" / "student.safetensors"), build_student(recipe.student, 0).state_dict()
-    same = {key for key in start if torch.equal(written[key], start[key])}
-    assert {"blocks.2.mlp.fc1.weight", "blocks.2.attn.proj.weight", "norm.weight", "pos_embed"} <= same
-    assert not {"blocks.2.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "cls_token"} & same
-
-
-def test_the_trainer_is_what_the_run_calls() -> None:
-    assert train.__module__ == "hdcache.distill.trainer"
