@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +20,41 @@ from hdcache.records import canonical_json
 from hdcache.schema import DatasetCard
 
 
+class Dataset(Protocol):
+    """An ordered, immutable list of samples. Reads may run in any number of threads."""
+
+    @property
+    def card(self) -> DatasetCard:
+        """Spec (with an absolute path), kind, fingerprint, count and class names."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Unique ids, NFC, in bytewise (UTF-8) order."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [count]: index into ``card.classes``, -1 where a sample has no label."""
+
+    def read(self, sample_id: str) -> Source:
+        """Encoded image bytes, or uint8 pixels [H, W] or [H, W, C]; see :func:`hdcache.pixels.decode`.
+
+        :class:`InputNotFound` for an id that is not in ``ids`` (ids from a store are untrusted: they are looked
+        up, never turned into a path); :class:`UnreadableImage` if a listed sample cannot be read any more.
+        """
+
+
 class Row(NamedTuple):
     """One sample while a data set is being listed."""
 
     id: str
     label: str | int | None
-    content: str
-    """What the fingerprint knows of the image beside its id: a digest of arrays, nothing of files."""
     place: Any
     """What ``fetch`` needs to read it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Listed:
-    """The only :class:`hdcache.datasets.Dataset`: sorted ids beside the place of each sample."""
+    """Sorted ids beside the place of each sample: the :class:`Dataset` of every listing."""
 
     card: DatasetCard
     ids: tuple[str, ...]
@@ -53,42 +74,76 @@ class Listed:
 
 def assemble(
     spec: Spec,
-    rows: list[Row],
+    rows: Iterable[Row],
     fetch: Callable[[Any], Source],
     classes: Sequence[str] | None,
     names: Sequence[str] = (),
+    content: Callable[[Any], str] = lambda place: "",
 ) -> Listed:
-    """Sort, check and number ``rows``; ``names`` is the data set's own class list where it has one."""
-    # Python compares strings by code point, which is the bytewise order of UTF-8.
-    rows = sorted((row._replace(id=nfc(row.id)) for row in rows), key=lambda row: row.id)
-    if rows and not rows[0].id:
-        raise UsageError(f"{spec.text}: {_name(rows[0].place)} has an empty id; give every sample an id of its own")
-    for first, second in itertools.pairwise(rows):
-        if first.id == second.id:
+    """Sort, check and number ``rows``; ``names`` is the data set's own class list where it has one.
+
+    ``content`` is what the fingerprint knows of the image at a place beside its id: a digest of arrays, nothing of files.
+    """
+    # Kept as columns: a million rows as objects would take several times the memory of what they hold.
+    ids: list[str] = []
+    values: list[str | int | None] = []
+    places: list[Any] = []
+    shared: dict[str | int | None, str | int | None] = {}
+    for row in rows:
+        ids.append(nfc(row.id))
+        values.append(shared.setdefault(row.label, row.label))
+        places.append(row.place)
+    if any(first > second for first, second in itertools.pairwise(ids)):
+        # Python compares strings by code point, which is the bytewise order of UTF-8.
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        ids, values, places = [ids[n] for n in order], [values[n] for n in order], [places[n] for n in order]
+    if ids and not ids[0]:
+        raise UsageError(f"{spec.text}: {_name(places[0])} has an empty id; give every sample an id of its own")
+    for number, (first, second) in enumerate(itertools.pairwise(ids)):
+        if first == second:
             raise UsageError(
-                f"{spec.text}: two samples have the id {first.id!r}: {_name(first.place)} and {_name(second.place)};"
+                f"{spec.text}: two samples have the id {first!r}: {_name(places[number])} and {_name(places[number + 1])};"
                 " rename or remove one"
             )
-    found = {row.label for row in rows if row.label is not None}
+    found = shared.keys() - {None}
     # Numeric order only where every label is a number: 2 before 10, yet folder names stay bytewise.
     numeric = all(isinstance(label, int) for label in found)
     own = list(names) or sorted({str(label) for label in found}, key=int if numeric else None)
     if classes is not None:
-        present = {str(label) for label in found}
-        own = [*classes, *(name for name in own if name in present and name not in set(classes))]
+        own = _extended(classes, own, {str(label) for label in found})
     index = {name: number for number, name in enumerate(own)}
-    labels = np.array([-1 if row.label is None else index[str(row.label)] for row in rows], dtype=np.int64)
+    numbers = {label: -1 if label is None else index[str(label)] for label in shared}
+    labels = np.fromiter((numbers[label] for label in values), np.int64, len(values))
     labels.setflags(write=False)
+    names_of = {label: None if label is None else str(label) for label in shared}
     hasher = hashlib.sha256()
-    for row in rows:
+    for sample_id, label, place in zip(ids, values, places, strict=True):
         try:
-            hasher.update(canonical_json([row.id, None if row.label is None else str(row.label), row.content]) + b"\n")
+            hasher.update(canonical_json([sample_id, names_of[label], content(place)]) + b"\n")
         except UnicodeEncodeError:
-            raise UsageError(f"{spec.text}: the name {row.id!r} is not valid UTF-8; rename it") from None
+            raise UsageError(f"{spec.text}: the name {sample_id!r} is not valid UTF-8; rename it") from None
     card = DatasetCard(
-        spec=spec.canonical(), kind=spec.kind, fingerprint=hasher.hexdigest(), count=len(rows), classes=tuple(own)
+        spec=spec.canonical(),
+        kind=spec.kind,  # type: ignore[arg-type]  # the samples of a store are not listed
+        fingerprint=hasher.hexdigest(),
+        count=len(ids),
+        classes=tuple(own),
     )
-    return Listed(card, tuple(row.id for row in rows), labels, tuple(row.place for row in rows), fetch)
+    return Listed(card, tuple(ids), labels, tuple(places), fetch)
+
+
+def with_classes(found: Listed, classes: Sequence[str]) -> Listed:
+    """``found`` numbered by another list of classes, as :func:`assemble` does; classes that occur beside them are appended."""
+    known = found.card.classes
+    own = _extended(classes, known, {known[label] for label in np.unique(found.labels) if label >= 0})
+    index = {name: number for number, name in enumerate(own)}
+    labels = np.array([*(index.get(name, -1) for name in known), -1], np.int64)[found.labels]
+    labels.setflags(write=False)
+    return replace(found, card=found.card.model_copy(update={"classes": tuple(own)}), labels=labels)
+
+
+def _extended(classes: Sequence[str], own: Sequence[str], present: Collection[str]) -> list[str]:
+    return [*classes, *(name for name in own if name in present and name not in set(classes))]
 
 
 def _name(place: Any) -> str:

@@ -11,16 +11,17 @@ from urllib.parse import unquote
 
 from hdcache.errors import InputNotFound, UsageError, nearest
 
-Kind = Literal["folder", "tar", "hf", "torchvision", "npz", "video"]
+Kind = Literal["folder", "tar", "hf", "torchvision", "npz", "video", "store"]
 KINDS: dict[str, Kind] = {
     "folder": "folder", "tar": "tar", "wds": "tar", "npz": "npz", "hf": "hf", "torchvision": "torchvision",
-    "video": "video",
+    "video": "video", "store": "store",
 }  # fmt: skip
 OPTIONS: dict[Kind, tuple[str, ...]] = {
     "folder": (),
     "tar": (),
     "npz": ("images", "labels", "ids"),
     "video": (),
+    "store": (),
     "hf": ("split", "image", "label", "id", "revision", "config"),
 }
 
@@ -48,7 +49,9 @@ def parse(text: str) -> Spec:
         path = unquote(path)
         if not path:
             raise UsageError(f"{text!r} names no data set; write {prefix}:PATH")
-        if kind in ("folder", "tar", "npz", "video") or (kind == "hf" and (path[0] in "/.~" or os.path.exists(path))):
+        if kind in ("folder", "tar", "npz", "video", "store") or (
+            kind == "hf" and (path[0] in "/.~" or os.path.exists(path))
+        ):
             path = absolute(path)
         return Spec(text, kind, path, _options(text, kind, query))
     if re.match(r"[A-Za-z][A-Za-z0-9+-]+:", text) and not os.path.exists(text):

@@ -7,6 +7,7 @@
 ``/path/x.npz`` or ``npz:/path/x.npz?images=&...``    uint8 arrays
 ``hf:owner/name?split=train&image=&label=&...``       Hugging Face data set, by name or local path
 ``torchvision:CIFAR10?root=/data&train=true``         torchvision data set
+``store:/path/train.hdc``                             the samples that a store keeps (``--pixels``)
 ====================================================  ==================================================
 
 After a kind and its colon, ``?`` starts options and ``%XX`` is decoded; a plain path is taken literally.
@@ -25,12 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hdcache.dataset_rows import Row, assemble, nfc
+from hdcache.dataset_rows import Dataset, Row, assemble, nfc, with_classes
 from hdcache.dataset_specs import Spec, parse
 from hdcache.errors import InputNotFound, UnreadableImage, UsageError, nearest
 from hdcache.hub_datasets import hugging_face, torchvision
@@ -43,34 +44,14 @@ from hdcache.listings import (
     stamp_of,
     walk,
 )
+from hdcache.packed import packed_dataset
 from hdcache.pixels import Source, decode, digest
 from hdcache.schema import DatasetCard
+from hdcache.shrinking import shrunk
+from hdcache.store import Store
 from hdcache.video import require_pyav
 
-__all__ = ["Dataset", "Source", "Subset", "decode", "digest", "open_dataset"]
-
-
-class Dataset(Protocol):
-    """An ordered, immutable list of samples. Reads may run in any number of threads."""
-
-    @property
-    def card(self) -> DatasetCard:
-        """Spec (with an absolute path), kind, fingerprint, count and class names."""
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Unique ids, NFC, in bytewise (UTF-8) order."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """int64 [count]: index into ``card.classes``, -1 where a sample has no label."""
-
-    def read(self, sample_id: str) -> Source:
-        """Encoded image bytes, or uint8 pixels [H, W] or [H, W, C]; see :func:`hdcache.pixels.decode`.
-
-        :class:`InputNotFound` for an id that is not in ``ids`` (ids from a store are untrusted: they are looked
-        up, never turned into a path); :class:`UnreadableImage` if a listed sample cannot be read any more.
-        """
+__all__ = ["Dataset", "Source", "Subset", "decode", "digest", "open_dataset", "store_dataset"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +106,31 @@ def open_dataset(spec: str, *, classes: Sequence[str] | None = None, cache: Path
         return _tar(parsed, classes, listings)
     if parsed.kind == "npz":
         return _npz(parsed, classes)
+    if parsed.kind == "store":
+        return _stored(parsed, classes)
     return hugging_face(parsed, classes) if parsed.kind == "hf" else torchvision(parsed, classes)
+
+
+def store_dataset(store: Store, spec: str | None = None) -> Dataset:
+    """The data set of a store: the one at ``spec``, else the samples that the store keeps, else where it was.
+
+    Whether it is the one that the store was made from is the caller's to check: by the fingerprint.
+    """
+    card = store.card.dataset
+    if spec is None and (own := packed_dataset(store)) is not None:
+        return own
+    return shrunk(open_dataset(spec or card.spec, classes=card.classes), card.shorter_side)
+
+
+def _stored(spec: Spec, classes: Sequence[str] | None) -> Dataset:
+    store = Store.open(spec.path)
+    found = packed_dataset(store)
+    if found is None:
+        raise InputNotFound(
+            f"{spec.text!r}: this store does not keep its samples, or not yet all of them; add them with --pixels source: "
+            f"{store.extract_command()} --pixels source --teacher ..."
+        )
+    return found if classes is None else with_classes(found, classes)
 
 
 # ------------------------------------------------------------------------------------------------ folder
@@ -154,7 +159,7 @@ def _folder(spec: Spec, classes: Sequence[str] | None, listings: Path) -> Datase
             f"{spec.text!r}: {what} lie both in the root ({loose}) and in class directories ({nested});"
             " move the former into a directory of their own"
         )
-    rows = [Row(path, nfc(path.split("/", 1)[0]) if nested else None, "", path) for path in files]
+    rows = (Row(path, nfc(path.split("/", 1)[0]) if nested else None, path) for path in files)
     return assemble(spec, rows, lambda place: Path(spec.path, place).read_bytes(), classes)
 
 
@@ -187,7 +192,7 @@ def _tar(spec: Spec, classes: Sequence[str] | None, listings: Path) -> Dataset:
             raise InputNotFound(f"{spec.text!r}: cannot read {path}: {error.strerror or error}") from None
         name = os.path.basename(path)
         for key, member, offset, size, label in samples:
-            rows.append(Row(f"{name}/{key}", label, "", Member(path, stamp, member, offset, size)))
+            rows.append(Row(f"{name}/{key}", label, Member(path, stamp, member, offset, size)))
     if not rows:
         raise InputNotFound(f"{spec.text!r}: no images (.{' .'.join(EXTENSIONS)}) in {len(shards)} tar files")
     return assemble(spec, rows, _read_member, classes)
@@ -258,10 +263,14 @@ def _npz(spec: Spec, classes: Sequence[str] | None) -> Dataset:
             )
     names = [f"{row:07d}" for row in range(count)] if ids is None else [str(value) for value in ids.ravel()]
     values = [None] * count if labels is None else labels.ravel().tolist()
-    rows = [
-        Row(names[row], checked_label(values[row], spec.text), digest(images[row]).hex(), row) for row in range(count)
-    ]
-    return assemble(spec, rows, lambda place: np.asarray(images[place]), classes)
+    rows = (Row(names[row], checked_label(values[row], spec.text), row) for row in range(count))
+    return assemble(
+        spec,
+        rows,
+        lambda place: np.asarray(images[place]),
+        classes,
+        content=lambda place: digest(images[place]).hex(),
+    )
 
 
 def _key(spec: Spec, keys: list[str], option: str, defaults: Sequence[str], *, required: bool = False) -> str:

@@ -44,8 +44,16 @@ TRANSPOSE = {
 }
 
 
+class Proven(bytes):
+    """Encoded bytes that were held to their sha256 when they were read, so that nobody need compute it again."""
+
+    sha256: bytes
+
+
 def digest(source: Source) -> bytes:
     """sha256 (32 bytes) of encoded bytes, or of an array's dtype, shape and bytes."""
+    if isinstance(source, Proven):
+        return source.sha256
     if isinstance(source, bytes):
         return hashlib.sha256(source).digest()
     hasher = hashlib.sha256(f"{source.dtype.str} {source.shape}\n".encode())
@@ -92,6 +100,8 @@ def rgb(image: Image.Image) -> Image.Image:
         result = _from_16_bit(image)
     elif image.has_transparency_data:
         result = _over_white(image.convert("RGBA"))
+    elif isinstance(image, ImageFile.ImageFile) and image.mode == "RGB":
+        result = image  # read from a file for this call alone: no need for the copy that convert() makes
     else:
         result = image.convert("RGB")
     # Whoever applied the orientation left in here would turn the image twice.
@@ -126,12 +136,17 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _from_array(source: NDArray[np.uint8]) -> Image.Image:
+def check_array(source: NDArray[np.uint8]) -> None:
+    """:class:`UnreadableImage` for an array that is no image."""
     shape = source.shape
     right = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
     if source.dtype != np.uint8 or not right or not source.size:
         raise UnreadableImage(f"array {source.dtype} {list(shape)}; expected uint8 [H, W] or [H, W, 1 | 3 | 4]")
-    pixels = np.ascontiguousarray(source[..., 0] if shape[2:] == (1,) else source)
+
+
+def _from_array(source: NDArray[np.uint8]) -> Image.Image:
+    check_array(source)
+    pixels = np.ascontiguousarray(source[..., 0] if source.shape[2:] == (1,) else source)
     image = Image.fromarray(pixels)
     return _over_white(image) if image.mode == "RGBA" else image.convert("RGB")
 

@@ -42,8 +42,13 @@ class OpenedSample:
     def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:
         """The view at a network's input size: uint8 [3, size, size], or [3, frames, size, size] of a clip; contiguous."""
         size, interpolation = preprocessing.size, preprocessing.interpolation
-        rendered = np.stack([render(image, self.box, self.flip, size, interpolation) for image in self.images])
-        return np.ascontiguousarray(rendered.transpose(3, 0, 1, 2) if self.frames else rendered[0].transpose(2, 0, 1))
+        pixels = np.empty((3, len(self.images), size, size), np.uint8)
+        for number, image in enumerate(self.images):
+            view = render(image, self.box, self.flip, size, interpolation)
+            for plane, channel in zip(pixels, view.mode, strict=True):
+                # Pillow takes a channel out of its pixels three times faster than numpy transposes them.
+                plane[number] = np.frombuffer(view.tobytes("raw", channel), np.uint8).reshape(size, size)
+        return pixels if self.frames else pixels[:, 0]
 
 
 def open_sample(

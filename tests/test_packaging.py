@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -88,21 +89,36 @@ def test_every_module_of_the_wheel_imports_outside_the_checkout(wheel: Path, tmp
     assert str(ROOT) not in done.stdout, "a module came from the checkout, not from the wheel"
 
 
-def test_help_loads_nothing_slow(tmp_path: Path) -> None:
+def loaded(*arguments: str, cwd: Path) -> tuple[str, list[str]]:
+    """What a command prints, and which of :data:`SLOW_TO_IMPORT` it has loaded."""
     code = f"""
 import sys
 from hdcache.cli import main
-sys.argv = ["hdcache", "--help"]
 try:
-    main()
+    main({[*arguments]})
 except SystemExit as leave:
     assert not leave.code, leave.code
-print("loaded:", [name for name in {SLOW_TO_IMPORT} if name in sys.modules])
+print([name for name in {SLOW_TO_IMPORT} if name in sys.modules])
 """
-    done = python("-c", code, cwd=tmp_path)
+    done = python("-c", code, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "loaded: []"
-    assert "Usage:" in done.stdout
+    text, _, last = done.stdout.rstrip().rpartition("\n")
+    return text, list(ast.literal_eval(last))
+
+
+def test_help_loads_nothing_slow(tmp_path: Path) -> None:
+    text, slow = loaded("--help", cwd=tmp_path)
+    assert slow == []
+    assert "Usage:" in text
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_looking_at_a_store_loads_no_network_and_no_array(command: str, sealed_store: Path, tmp_path: Path) -> None:
+    assert loaded(command, str(sealed_store), cwd=tmp_path)[1] == ["pydantic"]
+
+
+def test_recipes_are_listed_without_timm(tmp_path: Path) -> None:
+    assert loaded("recipes", cwd=tmp_path)[1] == ["torch", "pydantic"]
 
 
 def test_console_script_names_the_command_line() -> None:
