@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hdcache.encodings import Encoder, fit
 from hdcache.errors import UsageError
+from hdcache.klt import prepare
 from hdcache.progress import size
 from hdcache.schema import TapRequest
 from hdcache.taps import Tokens
@@ -132,8 +133,10 @@ def _curve(
 ) -> list[Point]:
     """Codes of falling error, each with fewer error for more bytes than the one before."""
     found: list[Point] = []
+    first, held = _few(first), _few(held)
+    prepared = prepare(first.patches, grid) if isinstance(first, Tokens) else None
     for fidelity in FIDELITIES:
-        card = fit(asked.model_copy(update={"fidelity": fidelity}), _few(first), _few(held), grid).card
+        card = fit(asked.model_copy(update={"fidelity": fidelity}), first, held, grid, prepared).card
         point = Point(fidelity, card.bytes_per_row, card.certificate.relative_rmse**2)
         if not found or (point.error < found[-1].error and point.bytes > found[-1].bytes):
             found.append(point)

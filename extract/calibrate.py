@@ -18,11 +18,12 @@ from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, fit
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.budget import fit_within_budget
-from hdcache.extract.pipeline import decode_row, finite_rows, shard_rows
+from hdcache.extract.lanes import finite_rows
+from hdcache.extract.rows import decode_row, shard_rows
 from hdcache.masks import visible_count
 from hdcache.relations import relation_kl
-from hdcache.schema import About, ArrayCard, StoredObject, TapRequest, TeacherCard, TeacherRecord
-from hdcache.store import ABOUT, Store
+from hdcache.schema import ArrayCard, StoredObject, TapRequest, TeacherCard, TeacherRecord
+from hdcache.store import ABOUT, About, Store
 from hdcache.taps import Tokens, attention_of, parse_tap, relation_of_qkv
 from hdcache.teachers import Teacher, batches
 

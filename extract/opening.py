@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from hdcache.datasets import Dataset, open_dataset
+from hdcache.datasets import Dataset, open_dataset, store_dataset
 from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.calibrate import calibrate, repair_constants, write_record
@@ -19,6 +19,7 @@ from hdcache.reader import TeacherReader
 from hdcache.records import differences
 from hdcache.rendering import input_shape
 from hdcache.schema import MaskSpec, StoreCard, TapRequest, TeacherRecord, ViewSpec
+from hdcache.shrinking import parse_pixels, shrunk
 from hdcache.store import ROOT_LOCK, Store
 from hdcache.tap_requests import request_all
 from hdcache.taps import check_readable, parse_tap
@@ -77,13 +78,18 @@ def open_or_create(
     seed: int,
     rows_per_shard: int,
     prepare: Callable[[ViewSpec], int] = lambda drawn: 1,
+    pixels: str | int | None = None,
 ) -> tuple[Dataset, Store]:
     """The data set and its store; a store that holds something must have been made from the same data and views.
+
+    ``pixels`` is what :func:`~hdcache.shrinking.parse_pixels` reads: images of a new store are shrunk to the shorter side it
+    asks for, one that is there must have been made so. Left out, samples that the store keeps are read from it.
 
     ``prepare`` is called with the views before a store is made, refuses what would not fit them, and returns the bytes
     of one row's pixels. A store that nothing was written to, as a refused command leaves it, is made anew.
     """
     asked = views if isinstance(views, ViewSpec) else parse_views(views or "mae", seed)
+    side = parse_pixels(pixels)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; give --store a folder")
     there = Store.open(path) if (path / "zarr.json").is_file() else None
@@ -92,7 +98,7 @@ def open_or_create(
             f"{path}: no store there yet; name the data set too: 'hdcache extract DATA --store {path} ...'"
         )
     if data is not None and (there is None or not there.begun):
-        dataset = open_dataset(data) if isinstance(data, str) else data
+        dataset = shrunk(open_dataset(data) if isinstance(data, str) else data, side)
         if views is None:
             same = there is not None and not seed and not dataset_differences(dataset, there)
             asked = there.card.views if there and same else parse_views(default_views(dataset.card), seed)
@@ -112,17 +118,14 @@ def open_or_create(
                 return dataset, Store.create(
                     path,
                     card,
-                    list(dataset.ids),
+                    dataset.ids,
                     dataset.labels,
                     written_with={name: version(name) for name in decoders(dataset.card.kind)},
                 )
     store = Store.open(path)
-    known = store.card.dataset
+    check_pixels(store, pixels)
     try:
-        if data is None or isinstance(data, str):
-            dataset = open_dataset(data or known.spec, classes=known.classes)
-        else:
-            dataset = data
+        dataset = store_dataset(store, data) if data is None or isinstance(data, str) else data
     except InputNotFound as error:
         if data is not None:
             raise
@@ -136,7 +139,24 @@ def open_or_create(
         raise StoreMismatch(
             f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
         )
+    store.adopt_ids(dataset.card.fingerprint, dataset.ids)
     return dataset, store
+
+
+def check_pixels(store: Store, pixels: str | int | None) -> None:
+    """:class:`StoreMismatch` where ``--pixels`` asks for other images than the teachers of a store have seen."""
+    has, asked = store.card.dataset.shorter_side, parse_pixels(pixels)
+    if pixels is None or has == asked:
+        return
+    if has is None:
+        raise StoreMismatch(
+            f"{store.path}: its teachers have seen whole images, so those shrunk to {asked} pixels are other data; keep them "
+            "as they are (--pixels source), or give --store another folder"
+        )
+    raise StoreMismatch(
+        f"{store.path}: its teachers have seen images shrunk to {has} pixels, so --pixels {pixels} is other data; repeat "
+        f"--pixels {has}, or give --store another folder"
+    )
 
 
 def decoders(kind: str) -> list[str]:

@@ -21,18 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from hdcache.datasets import Dataset, Subset, open_dataset
+from hdcache.datasets import Dataset, Subset, open_dataset, store_dataset
 from hdcache.encodings import fit, request
 from hdcache.errors import InputNotFound, OutOfSpace, UsageError
 from hdcache.extract.budget import budget_share, with_budget
 from hdcache.extract.calibrate import features_of, pixels_of, token_grid
-from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes, shard_size
-from hdcache.extract.pipeline import Pipeline, Timing
+from hdcache.extract.lanes import lanes_for
+from hdcache.extract.opening import Asked, check_pixels, open_or_calibrate, open_or_create, pixel_bytes, shard_size
+from hdcache.extract.packing import bytes_per_sample
+from hdcache.extract.pipeline import Pipeline
+from hdcache.extract.summary import shares, shares_text
 from hdcache.extract.writer import ViewWriter
+from hdcache.klt import prepare
+from hdcache.packed import pixels_ledger
 from hdcache.progress import counted, duration, size
 from hdcache.reader import TeacherReader
 from hdcache.resources import available_cores
 from hdcache.schema import TapRequest, TeacherRecord, ViewSpec
+from hdcache.shrinking import parse_pixels, shrunk
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher, choose_device
@@ -66,7 +72,7 @@ class TeacherPlan:
     seconds: tuple[float, float]
     """Fastest and slowest, calibration included."""
     shares: dict[str, float]
-    """Stage -> share of the probe's time, as seen from the thread that drives the teacher."""
+    """Stage -> share of the probe's time, as seen from the threads that drive the teacher."""
     bottleneck: str
     forward_seconds_per_epoch: float
     """What running this teacher costs an epoch of training (``--online``)."""
@@ -85,12 +91,14 @@ class Plan:
     num_views: int
     free: int
     """Bytes free where the store will be."""
+    pixels: int = 0
+    """Bytes of the samples themselves, where they are still to be kept (``--pixels``)."""
     teachers: dict[str, TeacherPlan] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        """Of all teachers."""
-        return sum(found.bytes for found in self.teachers.values())
+        """Of all teachers, and of the samples."""
+        return self.pixels + sum(found.bytes for found in self.teachers.values())
 
     @property
     def fits(self) -> bool:
@@ -116,6 +124,7 @@ def plan(
     quiet: bool = True,
     max_failures: int | None = None,
     budget: str | int | None = None,
+    pixels: str | int | None = None,
     **asked: Any,
 ) -> Plan:
     """Probe ``hdcache extract`` with these arguments (:func:`hdcache.extract.run.extract`) and say what it will cost.
@@ -134,12 +143,19 @@ def plan(
         raise InputNotFound(
             f"{path}: no store there yet; name the data set too: 'hdcache plan DATA --store {path} ...'"
         )
-    dataset = open_dataset(data or (there.card.dataset.spec if there else ""))
+    side = parse_pixels(pixels)
+    if there is not None and there.begun:
+        check_pixels(there, pixels)
+        side = there.card.dataset.shorter_side
+    whole = store_dataset(there) if data is None and there is not None else open_dataset(data or "")
+    dataset = shrunk(whole, side)
     drawn = there.card.views if there is not None and there.begun and views is None else views
     known = Asked(taps=tuple(taps), **asked)
     home = next(folder for folder in path.absolute().parents if folder.is_dir())
     sample = _sample(dataset, drawn.seed if isinstance(drawn, ViewSpec) else view_seed)
     found = Plan(str(path), dataset.card.count, num_views, shutil.disk_usage(home).free)
+    if pixels is not None and not (there is not None and pixels_ledger(there).sealed):
+        found.pixels = round(dataset.card.count * bytes_per_sample(dataset))
     for spec in teachers:
         # Beside the store: its disk is the one that has to keep up.
         scratch = home if os.access(home, os.W_OK) else None
@@ -193,7 +209,8 @@ def _probe(
     calibrated = time.perf_counter() - began
     writer = ViewWriter(store, record, encoders, 0)
     writer.open()
-    pipeline = Pipeline(store, sample, teacher, threads=threads, max_failures=None)
+    lanes = lanes_for(teacher, [card.encoding for card in record.taps.values()])
+    pipeline = Pipeline(store, sample, teacher, threads=threads, max_failures=None, lanes=lanes)
     marks: list[tuple[float, int]] = []
     pipeline.run(writer, writer.todo(), lambda rows, _: marks.append((time.perf_counter(), rows)))
     writer.seal()
@@ -226,7 +243,7 @@ def _probe(
         objects=objects,
         rows_per_second=(round(slow, 1), round(fast, 1)),
         seconds=(round(calibrated + rows / fast, 1), round(calibrated + rows / slow, 1)),
-        shares=_shares(timing),
+        shares=shares(timing.stages()),
         bottleneck=timing.bottleneck(),
         forward_seconds_per_epoch=round(forward, 1),
         read_seconds_per_epoch=round(reading, 1),
@@ -244,17 +261,6 @@ def _rates(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return min(statistics.quantiles(rates, n=4)[0] if len(rates) > 1 else mean, 0.9 * mean), max(
         statistics.quantiles(rates, n=4)[2] if len(rates) > 1 else mean, 1.1 * mean
     )
-
-
-def _shares(timing: Timing) -> dict[str, float]:
-    seconds = {
-        "reading and decoding": timing.waiting_for_images,
-        "teacher forward": timing.forward,
-        "encoding": timing.encode,
-        "writing": timing.waiting_for_disk,
-    }
-    total = max(sum(seconds.values()), 1e-9)
-    return {stage: round(value / total, 3) for stage, value in seconds.items()}
 
 
 def _read_seconds(store: Store, record: TeacherRecord) -> float:
@@ -280,9 +286,11 @@ def _others(
             continue
         half = max(1, len(ids) * 3 // 4)
         first, held = (Tokens(value.prefix[rows], value.patches[rows]) for rows in (slice(0, half), slice(half, None)))
+        grid = token_grid(teacher.card)
+        prepared = prepare(first.patches, grid)
         for encoding, fidelity in OTHERS:
             if (encoding, fidelity) != asked[tap]:
-                card = fit(request(tap, encoding, fidelity), first, held, token_grid(teacher.card)).card
+                card = fit(request(tap, encoding, fidelity), first, held, grid, prepared).card
                 found.setdefault(tap, {})[named(encoding, fidelity)] = card.bytes_per_row
     return found
 
@@ -303,12 +311,12 @@ def format_plan(found: Plan) -> str:
                 f"{size(facts['bytes'])}" + (f" ({others})" if others else "")
             )
         slow, fast = part.rows_per_second
-        shares = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in part.shares.items() if share >= 0.005)
         lines.append(
             f"  {name}: {part.rows:,} rows, {size(part.bytes)} in {counted(part.objects, 'objects')}; "
-            f"{duration(part.seconds[0])} to {duration(part.seconds[1])} at {slow:,.0f} to {fast:,.0f} rows/s ({shares})"
+            f"{duration(part.seconds[0])} to {duration(part.seconds[1])} at {slow:,.0f} to {fast:,.0f} rows/s ({shares_text(part.shares)})"
         )
         lines.append(f"  {name}: {_advice(part)}")
+    lines += [f"  the samples themselves: {size(found.pixels)}"] * bool(found.pixels)
     room = f"{size(found.free)} are free there"
     lines.append(
         f"{size(found.bytes)} in all; {room}" if found.fits else f"{size(found.bytes)} in all do NOT fit: {room}"

@@ -18,7 +18,11 @@ import torch
 from hdcache.encodings import Encoder
 from hdcache.errors import OutOfSpace, UsageError
 from hdcache.extract.budget import budget_share, with_budget
+from hdcache.extract.engine_choice import open_engine, parse_engine
+from hdcache.extract.engines import Engine, Job
+from hdcache.extract.lanes import lanes_for
 from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes
+from hdcache.extract.packing import pack
 from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.summary import ExtractSummary, account
 from hdcache.extract.writer import ViewWriter
@@ -52,6 +56,12 @@ def extract(
     threads: int | None = None,
     rows_per_shard: int = 256,
     max_failures: int | None = None,
+    pixels: str | int | None = None,
+    engine: str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    worker_resource: str | Sequence[str] = (),
+    worker_timeout: float | None = None,
     quiet: bool = True,
 ) -> ExtractSummary:
     """Run ``teachers`` over ``data`` and write their taps to ``store``.
@@ -83,6 +93,21 @@ def extract(
         :data:`SHARD_PIXELS` bytes.
     max_failures
         stop when more images than this cannot be read; None never stops.
+    pixels
+        ``source`` keeps every sample's bytes in the store, which then needs its data set no more; a number does so with
+        images whose shorter side was larger shrunk to it, before any teacher sees them.
+    engine
+        ``inline``: this process; ``local``: processes that are started here; ``dask``: the workers of a scheduler. The
+        store is the same to the byte. Left out, ``workers`` means local, ``scheduler`` dask, neither inline.
+    workers
+        local: processes; by default one for each CUDA device.
+    scheduler
+        dask: ``tcp://HOST:PORT``, ``tls://HOST:PORT``, or the file that the scheduler wrote. Store and data must lie under
+        the same paths on all machines.
+    worker_resource
+        dask: what a task takes of its worker's resources, ``GPU=1``; several as a list.
+    worker_timeout
+        dask: seconds to wait for a first worker, or for another one when all are gone; 60 by default.
 
     Raises
     ------
@@ -97,54 +122,63 @@ def extract(
             "no teacher given; say --teacher NAME=SPEC, for example --teacher dino=timm:vit_small_patch14_dinov2.lvd142m"
         )
     share = budget_share(budget, fidelity, len(teachers))
+    spread = parse_engine(engine, workers, scheduler, worker_resource, worker_timeout)
     where = choose_device(device)
-    workers = available_cores() if threads is None else threads
+    decoding = available_cores() if threads is None else threads
 
     asked = Asked(tuple(taps), encoding, fidelity, top_k, img_size, teacher_mask, teacher_mask_seed, precision, batch)
-    prepared: list[tuple[Teacher, list[TapRequest]]] = []
+    with open_engine(spread, where) as running:
+        prepared: list[tuple[Teacher, list[TapRequest]]] = []
 
-    def check(spec: str, drawn: ViewSpec) -> int:
-        # Several teachers may not fit beside each other: each is looked at on the CPU, and loaded again for its turn.
-        alone = len(teachers) == 1
-        teacher, requests = asked.prepare(spec, drawn, where if alone else torch.device("cpu"))
-        prepared.extend([(teacher, requests)] * alone)
-        return pixel_bytes(teacher)
+        def check(spec: str, drawn: ViewSpec) -> int:
+            # Several teachers may not fit beside each other: each is looked at on the CPU, and loaded again for its turn.
+            alone = len(teachers) == 1
+            teacher, requests = asked.prepare(spec, drawn, where if alone else torch.device("cpu"))
+            prepared.extend([(teacher, requests)] * alone)
+            return pixel_bytes(teacher)
 
-    def check_all(drawn: ViewSpec) -> int:
-        return max(check(spec, drawn) for spec in teachers)
+        def check_all(drawn: ViewSpec) -> int:
+            return max(check(spec, drawn) for spec in teachers)
 
-    path = Path(store).expanduser()
-    dataset, opened = open_or_create(data, path, views, view_seed, rows_per_shard, check_all)
-    summary = ExtractSummary(str(opened.path))
+        path = Path(store).expanduser()
+        dataset, opened = open_or_create(data, path, views, view_seed, rows_per_shard, check_all, pixels)
+        if pixels is not None:
+            dataset = pack(opened, dataset, threads=decoding, quiet=quiet)
+        summary = ExtractSummary(str(opened.path))
 
-    def take(spec: str) -> None:
-        """The turn of one teacher; its network is gone when this returns."""
-        name = split_name(spec)[0]
-        with opened.lock(name):
-            known = opened.teacher(name) if name in opened.teachers() else None
-            teacher, requests = prepared.pop() if prepared else asked.prepare(spec, opened.card.views, where, path)
-            check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}", path)
-            teacher = dataclasses.replace(teacher, batch=known.batch if known else batch)
-            if share is not None:
-                requests = with_budget(requests, share, opened.card.dataset.count * num_views)
-            record, encoders = open_or_calibrate(
-                opened, dataset, teacher, requests, known, threads=workers, source=absolute_spec(split_name(spec)[1])
-            )
-            pipeline = Pipeline(opened, dataset, teacher, threads=workers, max_failures=max_failures)
-            started = time.perf_counter()
-            extract_views(pipeline, record, encoders, num_views, quiet=quiet)
-            summary.failed |= pipeline.timing.failed
-            summary.teachers[name] = account(opened, record, pipeline.timing, time.perf_counter() - started, num_views)
+        def take(spec: str) -> None:
+            """The turn of one teacher; its network is gone when this returns."""
+            name = split_name(spec)[0]
+            with opened.lock(name):
+                known = opened.teacher(name) if name in opened.teachers() else None
+                teacher, requests = prepared.pop() if prepared else asked.prepare(spec, opened.card.views, where, path)
+                check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}", path)
+                teacher = dataclasses.replace(teacher, batch=known.batch if known else batch)
+                if share is not None:
+                    requests = with_budget(requests, share, opened.card.dataset.count * num_views)
+                source = absolute_spec(split_name(spec)[1])
+                record, encoders = open_or_calibrate(
+                    opened, dataset, teacher, requests, known, threads=decoding, source=source
+                )
+                lanes = lanes_for(teacher, [card.encoding for card in record.taps.values()])
+                pipeline = Pipeline(opened, dataset, teacher, threads=decoding, max_failures=max_failures, lanes=lanes)
+                started = time.perf_counter()
+                job = Job(pipeline, record, source, device, threads)
+                extract_views(job, encoders, num_views, running, quiet=quiet)
+                summary.failed |= pipeline.timing.failed
+                summary.teachers[name] = account(
+                    opened, record, pipeline.timing, time.perf_counter() - started, num_views
+                )
+                summary.teachers[name]["workers"] = running.report()
 
-    for spec in teachers:
-        take(spec)
-    return summary
+        for spec in teachers:
+            take(spec)
+        return summary
 
 
-def extract_views(
-    pipeline: Pipeline, record: TeacherRecord, encoders: dict[str, Encoder], num_views: int, *, quiet: bool
-) -> None:
+def extract_views(job: Job, encoders: dict[str, Encoder], num_views: int, engine: Engine, *, quiet: bool) -> None:
     """Write and seal every view that is not complete."""
+    pipeline, record = job.pipeline, job.record
     writers = [ViewWriter(pipeline.store, record, encoders, view) for view in range(num_views)]
     pending = [(writer, todo) for writer in writers if (todo := writer.todo()) or not writer.sealed()]
     total = sum(writer.rows for writer in writers)
@@ -155,15 +189,12 @@ def extract_views(
         bar.skip(total - left)
 
         def advance(rows: int, timing: Timing) -> None:
-            seconds = max(1e-9, timing.forward + timing.encode + timing.waiting_for_images + timing.waiting_for_disk)
+            seconds = max(1e-9, time.perf_counter() - began)
             failed = f"  {len(timing.failed)} failed" if timing.failed else ""
             bar.advance(rows, f"{size(timing.bytes / seconds)}/s{failed}  [{timing.bottleneck()}]")
 
-        for writer, todo in pending:
-            writer.open()
-            pipeline.repair(writer)
-            pipeline.run(writer, todo, advance)
-            writer.seal()
+        began = time.perf_counter()
+        engine.write(job, pending, advance)
 
 
 def rows_of(writer: ViewWriter, shards: Sequence[int]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +20,14 @@ from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
 from hdcache.plain_encodings import Parts
 from hdcache.reader import MASK_ARRAY, mask_array, read_shard_geometry
+from hdcache.resources import available_cores
 from hdcache.schema import ArrayCard, Receipt, StoredObject, TeacherRecord
+from hdcache.shards import Map
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
 from hdcache.views import Box
 
-ENCODERS = 4
-"""Arrays of one shard that are compressed at once; the codec leaves Python's lock."""
+ARRAYS = 4
+"""Arrays of one shard that are compressed and flushed to disk at once."""
 
 
 def is_recorded(geometry: NDArray[np.int32]) -> Any:
@@ -91,8 +92,6 @@ class ViewWriter:
             self._writers[MASK_ARRAY] = ShardWriter(
                 self.rows, mask_array(record.card), chunk, shard, codec=False, attributes={"hdcache": bits}
             )
-        # A ShardWriter encodes one shard at a time.
-        self._locks = {key: threading.Lock() for key in self._writers}
         columns = geometry_columns(card.views)
         self._columns = len(columns)
         named = {"hdcache": {"columns": list(columns)}}
@@ -153,17 +152,16 @@ class ViewWriter:
         start = shard * self.store.card.rows_per_shard
         span = (start, start + len(rows))
         blocks = {f"{tap}/{name}": block for tap, arrays in parts.items() for name, block in arrays.items()}
-        with ThreadPoolExecutor(ENCODERS, "encode") as pool:
-            written = pool.map(lambda key: self._write_array(shard, key, blocks[key]), blocks)
+        with ThreadPoolExecutor(available_cores(), "compress") as pool, ThreadPoolExecutor(ARRAYS, "arrays") as arrays:
+            written = arrays.map(lambda key: self._write_array(shard, key, blocks[key], pool.map), blocks)
             objects = dict(written)
         self._write_geometry(shard, span, rows)
         self.ledger.record(Receipt(shard=shard, rows=span, objects=objects, failed=dict(failed), saturated=saturated))
         return sum(found.size for found in objects.values())
 
-    def _write_array(self, shard: int, key: str, block: NDArray[np.generic]) -> tuple[str, StoredObject]:
+    def _write_array(self, shard: int, key: str, block: NDArray[np.generic], each: Map) -> tuple[str, StoredObject]:
         writer = self._writers[key]
-        with self._locks[key]:
-            data = writer.encode(shard, block)
+        data = writer.encode(shard, block, each)
         path = f"{key}/{writer.key(shard)}"
         return path, durable_write(self.ledger.folder / path, data)
 

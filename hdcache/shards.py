@@ -1,0 +1,45 @@
+"""Shards put together chunk by chunk, as Zarr v3's ``sharding_indexed`` has them: the other side of :mod:`hdcache.chunks`.
+
+The bytes are zarr-python's own (a test compares them), which spends as long on handing chunks from coroutine to coroutine,
+and on copying a shard each time a chunk is added, as the codec needs for its work. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import google_crc32c
+import numcodecs
+import numpy as np
+from numpy.typing import NDArray
+
+EMPTY = 2**64 - 1
+"""Offset and length, in an index, of a chunk behind the end of the array."""
+Piece = tuple[memoryview, bytes]
+"""A chunk as stored, and its checksum."""
+Map = Callable[[Callable[[NDArray[np.generic]], Piece], Iterable[NDArray[np.generic]]], Iterable[Piece]]
+
+
+def shard_bytes(
+    block: NDArray[np.generic], chunk: int, count: int, codec: numcodecs.Blosc | None, each: Map = map
+) -> bytes:
+    """The object that holds rows ``block`` [R, ...] in ``count`` chunks of ``chunk`` rows, the last of them perhaps short.
+
+    ``each`` runs the codec on every chunk, in any number of threads. Rows behind the end of the array are zeros.
+    """
+    rows = np.ascontiguousarray(block.astype(block.dtype.newbyteorder("<"), copy=False))
+    if short := -len(rows) % chunk:
+        rows = np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)])
+
+    def encode(part: NDArray[np.generic]) -> Piece:
+        stored = part if codec is None else np.frombuffer(codec.encode(part), np.uint8)
+        flat = stored.reshape(-1).view(np.uint8)
+        return flat.data, google_crc32c.value(flat).to_bytes(4, "little")
+
+    pieces = list(each(encode, (rows[start : start + chunk] for start in range(0, len(rows), chunk))))
+    index = np.full((count, 2), EMPTY, "<u8")
+    lengths = np.array([len(data) + len(checksum) for data, checksum in pieces])
+    index[: len(pieces), 0], index[: len(pieces), 1] = np.cumsum(lengths) - lengths, lengths
+    table = index.tobytes()
+    parts = [part for piece in pieces for part in piece]
+    return b"".join([*parts, table, google_crc32c.value(table).to_bytes(4, "little")])
