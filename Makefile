@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow lint types clean
+.PHONY: help quickstart test slow lint types bench clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -36,8 +36,16 @@ lint: $(VENV)/.hdcache-test ## ruff: rules and format
 types: $(VENV)/.hdcache-test ## mypy, strict
 	@MYPY="$(abspath $(BIN)/mypy)" bash .ci/typecheck
 
+# Every script under benchmarks/ that has a quick form; a test keeps this list whole.
+BENCHMARKS := decode epoch extract knn loader scale size startup students workers
+
+# What one of them finds is not lost when another fails.
+bench: $(VENV)/.hdcache-bench ## the quick forms of all benchmarks, a table each, into bench-out/
+	@rm -rf bench-out; mkdir bench-out; failed=0; for name in $(BENCHMARKS); do echo; echo "## $$name"; echo; \
+	$(BIN)/python benchmarks/$$name.py --quick --out bench-out/$$name || failed=1; done; exit $$failed
+
 clean: ## remove caches and outputs (keeps .venv)
-	@rm -rf .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info quickstart-out
+	@rm -rf .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info quickstart-out bench-out
 	@find hdcache extract distill evaluate benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing a virtual environment gets, so a half-made one is made again.

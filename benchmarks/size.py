@@ -3,6 +3,8 @@
     python benchmarks/size.py --train images/train --out DIR \\
         --teacher 'dino=timm:vit_small_patch14_dinov2?checkpoint=FILE&img_size=224' --tap block9.attn_in --tap final
 
+    python benchmarks/size.py --quick --out DIR     # random pictures and an untrained teacher: what no figure should be taken from
+
 Encodings are fitted on the first --calibration images (in a seeded order) and everything is measured on --images others: bytes
 as the store's own writer makes them (chunks, shards, codec, checksums), errors over all rows, relations rebuilt from
 ``attn_in`` against exact ones. One forward pass serves all lines. Prints one table and writes DIR/size.json.
@@ -23,6 +25,7 @@ import numcodecs
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
@@ -168,6 +171,18 @@ def report(line: Line, count: int, raw: float, spread: float, matrices: float) -
     return found
 
 
+def small(settings: argparse.Namespace) -> None:
+    """Settings of the quick form, and the pictures that it needs."""
+    folder = settings.out / "images"
+    folder.mkdir()
+    for number in range(320):
+        coarse = (draws.uniform(4 * 4 * 3, "size", number) * 256).astype(np.uint8).reshape(4, 4, 3)
+        Image.fromarray(coarse).resize((64, 64)).save(folder / f"{number:03d}.png")
+    settings.train, settings.calibration, settings.images, settings.precision = str(folder), 128, 192, "fp32"
+    settings.teacher = "a=random:vit_tiny_patch16_224?img_size=64&patch_size=8&depth=4&embed_dim=96&num_heads=3"
+    settings.tap = ["block3.attn_in", "final"]
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
     head = ("tap", "encoding", "KB a row", "bits a value", "bound", "smaller than fp16", "rel. RMSE", "cosine (smallest)", "KL QK", "KL VV", "smaller than QK+VV fp16")  # fmt: skip
@@ -195,16 +210,21 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--teacher", required=True, help="NAME=SPEC")
-    parser.add_argument("--tap", action="append", required=True)
+    parser.add_argument("--train")
+    parser.add_argument("--teacher", help="NAME=SPEC")
+    parser.add_argument("--tap", action="append")
     parser.add_argument("--views", default="resize")
     parser.add_argument("--calibration", type=int, default=512)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="random pictures, an untrained teacher")
     settings = parser.parse_args()
     settings.out.mkdir(parents=True, exist_ok=True)
+    if settings.quick:
+        small(settings)
+    elif not (settings.train and settings.teacher and settings.tap):
+        parser.error("give --train, --teacher and --tap, or --quick")
     teacher = load_teacher(settings.teacher, precision=settings.precision)
     read, card = pixels(settings, teacher), teacher.card
     known = features(teacher, read(0, settings.calibration), settings.tap)

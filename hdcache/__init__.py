@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hdcache.datasets import open_dataset as open_dataset
     from hdcache.distill.recipes import get_recipe as get_recipe
     from hdcache.distill.run import distill as distill_student
+    from hdcache.distill.run import distill_several as distill_students
     from hdcache.evaluate.run import knn_eval as evaluate_knn
     from hdcache.extract.run import extract as extract_store
 
@@ -27,6 +28,7 @@ _WHERE = {
     "open_dataset": ("hdcache.datasets", "open_dataset"),
     "extract_store": ("hdcache.extract.run", "extract"),
     "distill_student": ("hdcache.distill.run", "distill"),
+    "distill_students": ("hdcache.distill.run", "distill_several"),
     "distill_chain": ("hdcache.chain", "distill_chain"),
     "evaluate_knn": ("hdcache.evaluate.run", "knn_eval"),
     "get_recipe": ("hdcache.distill.recipes", "get_recipe"),
@@ -39,6 +41,7 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "OpenedStore",
     "get_recipe",
     "distill_student",
+    "distill_students",
     "distill_chain",
     "evaluate_knn",
     "__version__",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hdcache.datasets import open_dataset
+from hdcache.datasets import store_dataset
 from hdcache.errors import InputNotFound, StoreMismatch
 from hdcache.integrity import Verification, verify
 from hdcache.loader import Loader
@@ -90,7 +90,7 @@ class OpenedStore:
         size
             side of the student's square input, pixels.
         data
-            where the data set is now, if it has moved since extraction.
+            where the data set is now, if it has moved since extraction; left out, samples that the store keeps are read.
         jitter
             half ranges of brightness, contrast and saturation, fresh in every epoch.
 
@@ -101,7 +101,7 @@ class OpenedStore:
         """
         card = self.store.card.dataset
         try:
-            dataset = open_dataset(data or card.spec, classes=card.classes)
+            dataset = store_dataset(self.store, data)
         except InputNotFound as error:
             raise error if data else InputNotFound(f"{error}; if the data set has moved, give data=SPEC") from None
         if dataset.card.fingerprint != card.fingerprint:

@@ -114,14 +114,17 @@ def verify(as_json: bool, quiet: bool, verbose: int, store: str, quick: bool) ->
     from dataclasses import asdict
 
     from hdcache.errors import StoreCorrupt
-    from hdcache.integrity import listed_bytes
     from hdcache.integrity import verify as run
     from hdcache.progress import Progress, size
     from hdcache.store import Store
 
-    opened = Store.open(store)
-    with Progress("verify", listed_bytes(opened), "bytes", quiet=quiet) as bar:
-        found = run(opened, quick=quick, progress=bar.advance)
+    with Progress("verify", 0, "bytes", quiet=quiet) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.advance(done - bar.done)
+
+        found = run(Store.open(store), quick=quick, progress=advance)
     lines = [
         f"{found.objects:,} objects, {size(found.bytes)}: {'all good' if found.good else f'{len(found.faults)} damaged'}"
     ]

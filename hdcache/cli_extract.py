@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from hdcache.cli_options import extraction, output, prepare, print_result, teacher_mask, teachers_of_data
+from hdcache.cli_options import (
+    ENGINE_OPTIONS,
+    extraction,
+    output,
+    prepare,
+    print_result,
+    teacher_mask,
+    teachers_of_data,
+)
 
 
 @click.command()
@@ -54,9 +62,15 @@ def plan(as_json: bool, quiet: bool, verbose: int, data: str | None, **settings:
     Some hundred rows are extracted to a scratch folder beside the store, which is deleted again. Exit 6 if it will not fit.
     """
     prepare(quiet, verbose)
+    from hdcache.extract.engine_choice import parse_engine
     from hdcache.extract.plan import check_room, format_plan
     from hdcache.extract.plan import plan as run
 
+    spread = parse_engine(**{name: settings.pop(name) for name in ENGINE_OPTIONS})
+    if spread.engine != "inline" and not quiet:
+        click.echo(
+            "hdcache: planned for one process on this machine; N workers need at least 1/N of the hours", err=True
+        )
     found = run(data, **settings, quiet=quiet)
     print_result(found.json(), format_plan(found), as_json)
     check_room(found)

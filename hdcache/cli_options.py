@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 Command = Callable[..., Any]
+ENGINE_OPTIONS = ("engine", "workers", "scheduler", "worker_resource", "worker_timeout")
+"""Parameters of :func:`extraction` that say who extracts, and change nothing of what is stored."""
 
 
 def output(command: Command) -> Command:
@@ -36,9 +38,14 @@ def extraction(command: Command) -> Command:
             click.option("--precision", default="auto", show_default=True, help="Teacher arithmetic: auto, bf16, fp32."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
             click.option("--batch", default=32, show_default=True, help="Images per forward pass."),
-            click.option("--threads", type=int, help="Decoding threads.  [default: the cores]"),
+            click.option("--threads", type=int, help="Decoding threads of a process.  [default: its share of the cores]"),
             click.option("--rows-per-shard", default=256, show_default=True, help="Rows written, and lost, as one."),
             click.option("--max-failures", type=int, help="Stop when more images than this cannot be read.  [default: never]"),
+            click.option("--engine", help="Who extracts: inline (this process), local (--workers), dask (--scheduler); the store is the same.  [default: what is given of them, else inline]"),
+            click.option("--workers", type=int, metavar="N", help="Processes to start on this machine.  [default for --engine local: one for each CUDA device]"),
+            click.option("--scheduler", metavar="ADDRESS", help="Of the Dask workers to use: tcp://HOST:PORT, tls://HOST:PORT, or the scheduler's file; see docs/scaling.md."),
+            click.option("--worker-resource", multiple=True, metavar="NAME=AMOUNT", help="What a task takes of its Dask worker, e.g. GPU=1. Repeat for several."),
+            click.option("--worker-timeout", type=float, metavar="SECONDS", help="How long to wait for a first Dask worker, or for another when all are gone.  [default: 60]"),
         )
     ):  # fmt: skip
         command = option(command)
@@ -61,6 +68,10 @@ def teachers_of_data(command: Command) -> Command:
             ),
             click.option("--top-k", type=int, help="Classes of logits to keep, as soft labels.  [default: all; topk: 10]"),
             click.option("--budget", help="Bytes that the rows may need, e.g. 100GB: chooses the fidelity of each klt tap."),
+            click.option(
+                "--pixels", metavar="source|PX",
+                help="Keep the images in the store too, which then needs DATA no more: source as they are, 256 those with a larger shorter side shrunk to it, once, before any teacher.",
+            ),
             click.option("--img-size", type=int, help="Teacher input in pixels, when not its own."),
         )
     ):  # fmt: skip
@@ -107,12 +118,12 @@ def pairs(values: Sequence[str], option: str) -> dict[str, str]:
     return found
 
 
-def stage_pairs(values: Sequence[str], option: str) -> dict[int, dict[str, str]]:
-    """``STAGE:FIELD=VALUE`` texts by stage (from 1) and field."""
+def numbered_pairs(values: Sequence[str], option: str, what: str) -> dict[int, dict[str, str]]:
+    """``NUMBER:FIELD=VALUE`` texts by number (from 1) and field; ``what`` is the number's name in messages."""
     found: dict[int, dict[str, str]] = {}
     for value in values:
-        stage, sign, rest = value.partition(":")
-        if not sign or not stage.isascii() or not stage.isdigit():
-            raise click.UsageError(f"{option} takes STAGE:FIELD=VALUE, such as 2:objective.heads=12, got {value!r}")
-        found.setdefault(int(stage), {}).update(pairs([rest], option))
+        number, sign, rest = value.partition(":")
+        if not sign or not number.isascii() or not number.isdigit():
+            raise click.UsageError(f"{option} takes {what}:FIELD=VALUE, such as 2:objective.heads=12, got {value!r}")
+        found.setdefault(int(number), {}).update(pairs([rest], option))
     return found

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from hdcache.errors import OutOfSpace
@@ -25,11 +26,20 @@ def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> Stor
     FileExistsError
         with ``create_only``, when ``path`` exists.
     """
+    return durable_parts(path, (data,), create_only=create_only)
+
+
+def durable_parts(path: Path, parts: Iterable[bytes], *, create_only: bool = False) -> StoredObject:
+    """As :func:`durable_write`, of a file that need not fit into memory; nothing is left when ``parts`` raises."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    count, hasher = 0, hashlib.sha256()
     try:
         _make_folder(path.parent)
         with open(partial, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
+                hasher.update(part)
+                count += len(part)
             file.flush()
             os.fsync(file.fileno())
         if create_only and _link(partial, path):
@@ -37,16 +47,16 @@ def durable_write(path: Path, data: bytes, *, create_only: bool = False) -> Stor
         else:
             os.replace(partial, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfSpace(
                 error.errno,
                 f"no space left while writing {path}; finished shards are safe: free space and run the same command again",
             ) from None
         raise
-    return StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return StoredObject(size=count, sha256=hasher.hexdigest())
 
 
 def _link(partial: Path, path: Path) -> bool:

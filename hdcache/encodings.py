@@ -20,7 +20,7 @@ Legend: R rows, P prefix tokens, N patch tokens, D width, K kept components, W l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hdcache import klt
 from hdcache.plain_encodings import Parts as Parts
-from hdcache.plain_encodings import bits, decode_plain, encode_plain, to_half
+from hdcache.plain_encodings import Stored, decode_plain, encode_plain
 from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
 from hdcache.soft_labels import (
     DEFAULT_TOP_K,
@@ -47,6 +47,8 @@ from hdcache.taps import Coded, Tokens
 
 # Rows that are measured, and compressed, together.
 CODEC_ROWS = 8
+PASS_VALUES = 1 << 20
+"""Values that a CPU encodes together: the passes over them are over memory that a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -61,41 +63,53 @@ class Encoder:
 
     def encode(self, value: Tokens | Tensor) -> tuple[Parts, int]:
         """Stored arrays of R rows, each [R, ...], and how many values were clipped to their integer range."""
+        stored, clipped = self.stored(value)
+        return self.parts({name: part.contiguous().cpu() for name, part in stored.items()}), int(clipped)
+
+    def parts(self, stored: Mapping[str, Tensor]) -> Parts:
+        """What :meth:`stored` made, contiguous and on the CPU by now, as arrays of the stored types: the same memory."""
+        return {name: part.numpy().view(self.card.arrays[name].dtype) for name, part in stored.items()}
+
+    def stored(self, value: Tokens | Tensor) -> tuple[Stored, Tensor]:
+        """As :meth:`encode`, on the device of ``value`` and (all but topk) without waiting for it; see :meth:`parts`."""
         card = self.card
         if card.encoding == "topk":
             assert isinstance(value, Tensor)  # noqa: S101  # programmer invariant: logits are a vector
-            return encode_soft_labels(value, card.arrays["values"].shape[0])
+            labels, lost = encode_soft_labels(value, card.arrays["values"].shape[0])
+            return {name: torch.from_numpy(part) for name, part in labels.items()}, torch.tensor(lost)
         if isinstance(value, Tensor):
             return encode_plain(value, card.encoding)
-        prefix, lost = to_half(value.prefix) if card.encoding not in ("fp32", "bf16") else (value.prefix, 0)
-        parts: Parts = {}
+        kind = card.encoding if card.encoding in ("fp32", "bf16") else "fp16"
+        found: Stored = {}
+        clipped = torch.zeros((), dtype=torch.int64)
         if card.prefix_tokens:
-            parts["prefix"] = (
-                bits(prefix)
-                if card.encoding == "bf16"
-                else prefix.float().cpu().numpy().astype(card.arrays["prefix"].dtype, copy=False)
-            )
+            prefix, clipped = encode_plain(value.prefix, kind)
+            found["prefix"] = prefix["values"]
         if card.encoding in ("klt", "int8"):
-            codes, clipped = self._integers(value.patches)
-            return parts | codes, lost + clipped
-        plain, clipped = encode_plain(value.patches, card.encoding)
-        return parts | plain, lost + clipped
+            patches, more = self._integers(value.patches)
+        else:
+            patches, more = encode_plain(value.patches, card.encoding)
+        return found | patches, clipped + more
 
-    def _integers(self, patches: Tensor) -> tuple[Parts, int]:
-        x = patches.float()
-        constants = self._on(x.device, torch.float32)
+    def _integers(self, patches: Tensor) -> tuple[Stored, Tensor]:
+        # A few rows at a time stay in a core's cache; a GPU has enough to do with all at once.
+        size = len(patches) if patches.device.type != "cpu" else max(1, PASS_VALUES // max(1, patches[:1].numel()))
+        pieces = [self._whole(patches[start : start + size]) for start in range(0, max(1, len(patches)), size)]
+        return (
+            {name: torch.cat([part[name][0] for part in pieces]) for name in pieces[0]},
+            torch.stack([count for part in pieces for _, count in part.values()]).sum(),
+        )
+
+    def _whole(self, patches: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        constants = self._on(patches.device, torch.float32)
+        arrays = self.card.arrays
         if self.card.encoding == "int8":
-            z = ((x - constants["offset"]) / constants["scale"]).round().transpose(1, 2)
-            return self._stored({"codes": z})
-        z = klt.rounded(klt.components(x, constants, self.card.grid), self.card.dead_zone)
-        wide = self.card.arrays["wide"].shape[0] if "wide" in self.card.arrays else 0
+            z = ((patches.float() - constants["offset"]) / constants["scale"]).round_().transpose(1, 2)
+        else:
+            z = klt.before_cut(klt.components(patches, constants, self.card.grid), self.card.dead_zone)
+        wide = arrays["wide"].shape[0] if "wide" in arrays else 0
         parts = {"wide": z[:, :wide], "codes": z[:, wide:]}
-        return self._stored({name: part for name, part in parts.items() if part.shape[1]})
-
-    def _stored(self, parts: Mapping[str, Tensor]) -> tuple[Parts, int]:
-        dtypes = {name: self.card.arrays[name].dtype for name in parts}
-        clipped = sum(_beyond(part, klt.LIMITS[dtypes[name]]) for name, part in parts.items())
-        return {name: klt.integers(part, dtypes[name]) for name, part in parts.items()}, clipped
+        return {name: klt.folded(part, arrays[name].dtype) for name, part in parts.items() if name in arrays}
 
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
         """Rows of stored arrays (on any device) back to ``dtype``; the inverse of :meth:`encode` up to its stated error."""
@@ -116,14 +130,16 @@ class Encoder:
             prefix = torch.empty(first.shape[0], 0, card.channels, dtype=dtype, device=first.device)
         if card.encoding not in ("klt", "int8"):
             return Tokens(prefix, decode_plain(parts["values"], card.encoding, dtype))
-        stored = [klt.unfold(parts[name]).to(dtype) for name in ("wide", "codes") if name in card.arrays]
-        z = torch.cat(stored, dim=1) if len(stored) > 1 else stored[0]
-        constants = self._on(z.device, dtype)
+        stored = [klt.unfold(parts[name]) for name in ("wide", "codes") if name in card.arrays]
+        constants = self._on(first.device, dtype)
         if card.encoding == "int8":
-            return Tokens(prefix, z.transpose(1, 2) * constants["scale"] + constants["offset"])
-        if card.grid is not None:
-            z = klt.over_grid(z, [constants[f"dct{n}"].T for n in card.grid])
-        return Coded(prefix, z.transpose(1, 2), constants["inverse"], constants["mean"])
+            return Tokens(prefix, torch.addcmul(constants["offset"], _by_token(stored, dtype), constants["scale"]))
+        if card.grid is None:
+            z = _by_token(stored, dtype)
+        else:
+            back = [constants[f"positions{axis}"] for axis in range(len(klt.positions(card.grid)))]
+            z = klt.over_grid(_joined(stored, dtype), back).transpose(1, 2).contiguous()
+        return Coded(prefix, z, constants["inverse"], constants["mean"])
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The constants, copied once: megabytes per tap, and each copy waits for what is queued on the device."""
@@ -133,9 +149,32 @@ class Encoder:
                 if "basis" in on:
                     # Step and gain ride on the small basis, not on every code.
                     on["inverse"] = (on["basis"] * (on["step"] * on.get("gain", 1))).T
-                    on |= {f"dct{n}": klt.dct_matrix(n).to(device) for n in self.card.grid or ()}
+                    back = klt.positions(self.card.grid or ())
+                    on |= {f"positions{axis}": matrix.to(device) for axis, matrix in enumerate(back)}
                 self._held[device, dtype] = {name: value.to(dtype) for name, value in on.items()}
         return self._held[device, dtype]
+
+
+def _joined(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Integers [R, k, N] each, one after the other in ``dtype`` [R, K, N]: converted and put in place in one go."""
+    rows, tokens = stored[0].shape[0], stored[0].shape[2]
+    found = torch.empty(rows, sum(part.shape[1] for part in stored), tokens, dtype=dtype, device=stored[0].device)
+    start = 0
+    for part in stored:
+        found[:, start : start + part.shape[1]].copy_(part)
+        start += part.shape[1]
+    return found
+
+
+def _by_token(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """As :func:`_joined`, but [R, N, K]: matrix products of half precision are slow on numbers that lie transposed."""
+    rows, tokens = stored[0].shape[0], stored[0].shape[2]
+    found = torch.empty(rows, tokens, sum(part.shape[1] for part in stored), dtype=dtype, device=stored[0].device)
+    start = 0
+    for part in stored:
+        found[..., start : start + part.shape[1]].copy_(part.transpose(1, 2))
+        start += part.shape[1]
+    return found
 
 
 def _beyond(z: Tensor, limit: int) -> int:
@@ -148,11 +187,13 @@ def fit(
     calibration: Tokens | Tensor,
     heldout: Tokens | Tensor,
     grid: tuple[int, ...] | None = None,
+    prepared: klt.Prepared | None = None,
 ) -> Encoder:
     """Choose the encoding's constants on ``calibration`` rows and measure its error on ``heldout`` rows.
 
     Both are float32 rows of the tap, [R, ...]; at least one row each. ``grid`` is how a row's patch tokens lie (temporal
-    slots, rows, columns), where all of them are there. The result depends on nothing else.
+    slots, rows, columns), where all of them are there. The result depends on nothing else: ``prepared`` is what
+    :func:`hdcache.klt.prepare` makes of ``calibration``, for several fits of the same rows.
     """
     kind, found = asked.encoding, None
     if isinstance(calibration, Tensor):
@@ -167,7 +208,7 @@ def fit(
         tokens, channels = int(calibration.patches.shape[1]), int(calibration.patches.shape[2])
         shape = (tokens, channels, int(calibration.prefix.shape[1]))
         if kind == "klt":
-            found = klt.fit_klt(asked.tap, calibration.patches, asked.fidelity or DEFAULT_FIDELITY, grid)
+            found = klt.fit_klt(asked.tap, calibration.patches, asked.fidelity or DEFAULT_FIDELITY, grid, prepared)
             arrays, constants = _klt_arrays(found, tokens), dict(found.constants)
         else:
             arrays, constants = _fit_tokens(kind, calibration.patches, tokens, channels)

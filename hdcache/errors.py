@@ -40,6 +40,12 @@ class TooManyFailures(HdcacheError):
     exit_code = 4
 
 
+class WorkersFailed(HdcacheError):
+    """Workers that are not there, lack what is asked of them, or die of a shard (exit 4)."""
+
+    exit_code = 4
+
+
 class StoreMismatch(HdcacheError):
     """The store was made with other settings than were asked for (exit 5)."""
 

@@ -49,7 +49,7 @@ def hugging_face(spec: Spec, classes: Sequence[str] | None) -> Listed:
     for row in range(count):
         if ids[row] in (None, ""):
             raise UsageError(f"{spec.text!r}: row {row} has no value in the id column {id_column!r}")
-        rows.append(Row(str(ids[row]), checked_label(values[row], f"{spec.text!r}, row {row}"), "", row))
+        rows.append(Row(str(ids[row]), checked_label(values[row], f"{spec.text!r}, row {row}"), row))
     only = data.select_columns([image])
 
     def fetch(place: int) -> bytes:
@@ -127,7 +127,7 @@ def torchvision(spec: Spec, classes: Sequence[str] | None) -> Listed:
         f"{name}={value}" for name, value in sorted(arguments.items()) if name not in ("root", "download")
     )
     rows = [
-        Row(f"{spec.path}/{part}/{row:07d}", (names[value] if names else value) if value >= 0 else None, content, row)
+        Row(f"{spec.path}/{part}/{row:07d}", (names[value] if names else value) if value >= 0 else None, row)
         for row, value in enumerate(values)
     ]
     # torchvision does not promise thread-safe items (FakeData even reseeds torch's global generator).
@@ -142,7 +142,7 @@ def torchvision(spec: Spec, classes: Sequence[str] | None) -> Listed:
             return item
         raise UnreadableImage(f"torchvision gave a {type(item).__name__}, expected an image or an array")
 
-    return assemble(spec, rows, fetch, classes, names)
+    return assemble(spec, rows, fetch, classes, names, lambda place: content)
 
 
 def _numbers(data: object, name: str) -> list[int] | None:

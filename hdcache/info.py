@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from hdcache.integrity import teacher_ledger
+from hdcache.integrity import Ledger, teacher_ledger
 from hdcache.masks import mask_facts, mask_text
 from hdcache.progress import size
 from hdcache.schema import TapCard, TeacherRecord
-from hdcache.store import Store, is_view
+from hdcache.store import PIXELS, Store, is_view
 
 
 def describe_store(store: Store) -> dict[str, Any]:
@@ -24,7 +24,26 @@ def describe_store(store: Store) -> dict[str, Any]:
         "rows_per_shard": card.rows_per_shard,
         "rows_per_chunk": card.rows_per_chunk,
         "written_with": store.about.written_with,
+        "pixels": _pixels(store),
         "teachers": {name: _teacher(store, name) for name in store.teachers()},
+    }
+
+
+def _pixels(store: Store) -> dict[str, Any] | None:
+    """What the store keeps of the samples themselves; None where it keeps none, or not yet all."""
+    ledger = Ledger(store.path, PIXELS)
+    if not ledger.sealed:
+        return None
+    manifest = ledger.manifest()
+    kept = sum(
+        entry.size for key, entry in manifest.objects.items() if f"{PIXELS}/bytes/" in key and key.endswith("/c.0")
+    )
+    return {
+        "manifest": manifest.digest(),
+        "samples": manifest.rows,
+        "failed": len(manifest.failed),
+        "bytes": kept,
+        "shorter_side": store.card.dataset.shorter_side,
     }
 
 
@@ -77,6 +96,15 @@ def _tap(record: TeacherRecord, card: TapCard, stored: int, rows: int) -> dict[s
     return facts
 
 
+def _pixels_text(facts: dict[str, Any]) -> str:
+    kept, side = facts["pixels"], facts["dataset"].get("shorter_side")
+    shrunk = f"; larger images shrunk to a shorter side of {side} pixels" if side else ""
+    if not kept:
+        return f"samples   not kept here{shrunk}"
+    failed = f" ({kept['failed']} failed)" if kept["failed"] else ""
+    return f"samples   kept here, {size(kept['bytes'])}{failed}{shrunk}"
+
+
 def format_store(facts: dict[str, Any]) -> str:
     """The description as a page of text."""
     data, views = facts["dataset"], facts["views"]
@@ -91,6 +119,7 @@ def format_store(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['path']}  (store format {facts['format']})",
         f"data      {data['count']:,} {'videos' if data['kind'] == 'video' else 'images'}, {data['classes']} classes, from {data['spec']}",
+        *([_pixels_text(facts)] if facts["pixels"] or data.get("shorter_side") else []),
         f"views     {geometry}, flip {views['flip']:g}, seed {views['seed']}",
     ]
     for name, teacher in facts["teachers"].items():

@@ -1,7 +1,7 @@
 """Receipts, manifests, the seal, and whole-store verification.
 
-A *ledger* is a folder of shards that are written one by one: ``views/K`` (the geometry of a view) or
-``teachers/NAME/views/K`` (a teacher's rows). A receipt is written after its shard's objects are durable, so
+A *ledger* is a folder of shards that are written one by one: ``views/K`` (the geometry of a view),
+``teachers/NAME/views/K`` (a teacher's rows) or ``samples/pixels`` (the samples themselves). A receipt is written after its shard's objects are durable, so
 "the shards without a receipt" is exactly the work that is left. A manifest seals the ledger.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hdcache.arrays import read_json, read_record
 from hdcache.durable import durable_write, sync_folder
 from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.schema import Manifest, Receipt, StoredObject
-from hdcache.store import ABOUT, Store, is_view
+from hdcache.store import ABOUT, PIXELS, Store, is_view
 
 RECEIPTS, MANIFEST, _SAMPLES = "receipts", "manifest.json", "samples/receipt.json"
 
@@ -43,6 +44,15 @@ def _sum(key: str, receipts: Iterable[Receipt]) -> _Sum:
     return total
 
 
+def _size(path: str) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 class Ledger:
     """The receipts and the seal of one folder of shards."""
 
@@ -57,10 +67,8 @@ class Ledger:
         receipt = Receipt.parse(read_json(path), path)
         if receipt.shard != shard:
             raise StoreCorrupt(f"{path}: the receipt of shard {receipt.shard}; delete it and rerun 'hdcache extract'")
-        for key, listed in receipt.objects.items():
-            found = self.folder / key
-            if not found.is_file() or found.stat().st_size != listed.size:
-                return None
+        if any(_size(f"{self.folder}/{key}") != listed.size for key, listed in receipt.objects.items()):
+            return None
         return receipt
 
     def record(self, receipt: Receipt) -> None:
@@ -166,32 +174,50 @@ class Verification:
         return not self.faults
 
 
-def verify(store: Store, *, quick: bool = False, progress: Callable[[int], None] | None = None) -> Verification:
+def verify(store: Store, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Check every object that the store lists: sizes (``quick``), and sha256 otherwise.
 
     Finds flipped bits, swapped, truncated, foreign and missing objects; lists ledgers without a seal and files
-    that nothing lists.
+    that nothing lists. ``progress`` is told the bytes that are checked and those that are listed.
     """
     result = Verification()
     records = {"zarr.json", _SAMPLES, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json"}
     for name in _folders(store.path / "teachers"):
         _check_teacher(store, name, result)
-    listed = _listed(store, result)
+    sizes = dict(_files(str(store.path)))
+    listed = _listed(store, [key for key in sizes if key.endswith("/zarr.json")], result)
+    total, done = sum(entry.size for entry in listed.values()), 0
     for key, expected in sorted(listed.items()):
-        _check_object(store.path / key, expected, result, quick=quick)
+        _check_object(f"{store.path}/{key}", sizes.get(key), expected, result, quick=quick)
+        done += expected.size
         if progress is not None:
-            progress(expected.size)
-    for base, _, names in os.walk(store.path):
-        for name in names:
-            key = (Path(base) / name).relative_to(store.path).as_posix()
-            own = name in (MANIFEST, "zarr.json", ABOUT) or f"/{RECEIPTS}/" in key or name.endswith((".lock", ".owner"))
-            if key not in listed and key not in records and not own:
-                result.unlisted.append(key)
+            progress(done, total)
+    for key in sizes:
+        name = key.rpartition("/")[2]
+        own = name in (MANIFEST, "zarr.json", ABOUT) or f"/{RECEIPTS}/" in key or name.endswith((".lock", ".owner"))
+        if key not in listed and key not in records and not own:
+            result.unlisted.append(key)
     return result
 
 
-def _listed(store: Store, result: Verification) -> dict[str, StoredObject]:
-    """Every object that a record lists, once, by its key; faults of the records are noted in ``result``."""
+def _files(folder: str, prefix: str = "") -> Iterator[tuple[str, int | None]]:
+    """Key and size of every file below a folder, each looked at once; None for what is no file."""
+    inner = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                inner.append(entry.name)
+            else:
+                yield prefix + entry.name, _size(entry.path)
+    for name in inner:
+        yield from _files(f"{folder}/{name}", f"{prefix}{name}/")
+
+
+def _listed(store: Store, metadata: Collection[str], result: Verification) -> dict[str, StoredObject]:
+    """Every object that a record lists, once, by its key; faults of the records are noted in ``result``.
+
+    ``metadata`` are the keys of all groups and arrays that there are.
+    """
     listed: dict[str, StoredObject] = {}
     try:
         samples = Receipt.parse(read_json(store.path / _SAMPLES), store.path / _SAMPLES)
@@ -199,7 +225,8 @@ def _listed(store: Store, result: Verification) -> dict[str, StoredObject]:
     except StoreCorrupt as error:
         result.faults.append(str(error))
     for key in _ledgers(store.path):
-        listed |= _check_ledger(store, Ledger(store.path, key), result)
+        inside = {name for name in metadata if name.startswith(f"{key}/")}
+        listed |= _check_ledger(store, Ledger(store.path, key), inside, result)
     return listed
 
 
@@ -209,7 +236,8 @@ def _folders(path: Path) -> list[str]:
 
 def _ledgers(root: Path) -> list[str]:
     keys = ["views", *(f"teachers/{name}/views" for name in _folders(root / "teachers"))]
-    return [f"{key}/{name}" for key in keys for name in _folders(root / key) if is_view(name)]
+    own = [PIXELS] * (root / PIXELS).is_dir()
+    return own + [f"{key}/{name}" for key in keys for name in _folders(root / key) if is_view(name)]
 
 
 def _check_teacher(store: Store, name: str, result: Verification) -> None:
@@ -222,7 +250,7 @@ def _check_teacher(store: Store, name: str, result: Verification) -> None:
         result.faults.append(f"{store.teacher_path(name)}/zarr.json: made for other data or views than the store's")
 
 
-def _check_ledger(store: Store, ledger: Ledger, result: Verification) -> dict[str, StoredObject]:
+def _check_ledger(store: Store, ledger: Ledger, metadata: set[str], result: Verification) -> dict[str, StoredObject]:
     """Compare the records of a ledger with each other; returns the objects that they list."""
     before = len(result.faults)
     total = _sum(ledger.key, receipts := _receipts(ledger, result))
@@ -236,7 +264,8 @@ def _check_ledger(store: Store, ledger: Ledger, result: Verification) -> dict[st
         return total.objects
     parts = ledger.key.split("/")
     teacher, where = parts[1] if parts[0] == "teachers" else "", f"{ledger.folder / MANIFEST}"
-    if (manifest.teacher, str(manifest.view)) != (teacher, parts[-1]):
+    view = 0 if ledger.key == PIXELS else int(parts[-1])
+    if (manifest.teacher, manifest.view) != (teacher, view):
         result.faults.append(f"{where}: the seal of {manifest.teacher or 'the views'}/{manifest.view}")
     if teacher:
         try:
@@ -244,9 +273,11 @@ def _check_ledger(store: Store, ledger: Ledger, result: Verification) -> dict[st
                 result.faults.append(f"{where}: seals another identity than that of the teacher's record")
         except HdcacheError:
             pass  # already a fault of the teacher
+    if manifest.format != store.card.format:
+        result.faults.append(f"{where}: format {manifest.format}, the store has {store.card.format}")
     if manifest.rows != store.card.dataset.count:
         result.faults.append(f"{where}: {manifest.rows} rows, the store has {store.card.dataset.count} samples")
-    for key in sorted(_resting(store, ledger, teacher) - manifest.objects.keys()):
+    for key in sorted(_resting(store, ledger, teacher, metadata) - manifest.objects.keys()):
         result.faults.append(f"{where}: does not list {key}")
     for key, value in total.objects.items():
         if manifest.objects.get(key) != value:
@@ -257,39 +288,42 @@ def _check_ledger(store: Store, ledger: Ledger, result: Verification) -> dict[st
     return {**total.objects, **manifest.objects}
 
 
-def _resting(store: Store, ledger: Ledger, teacher: str) -> set[str]:
+def _resting(store: Store, ledger: Ledger, teacher: str, metadata: set[str]) -> set[str]:
     """Keys of all that a seal rests on beside its shards: records, the arrays' metadata, a teacher's constants."""
-    keys = {path.relative_to(store.path).as_posix() for path in ledger.folder.rglob("zarr.json")}
     try:
         return (
-            keys
+            metadata
             | ledger._records(teacher).keys()
             | ({f"teachers/{teacher}/{key}" for key in store.teacher(teacher).objects} if teacher else set())
         )
     except HdcacheError:
-        return keys  # the record is a fault already
+        return metadata  # the record is a fault already
 
 
 def _receipts(ledger: Ledger, result: Verification) -> list[Receipt]:
     found: list[Receipt] = []
-    for path in sorted((ledger.folder / RECEIPTS).glob("*.json")):
+    folder = ledger.folder / RECEIPTS
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if not name.endswith(".json"):
+            continue
+        path = folder / name
         try:
             receipt = Receipt.parse(read_json(path), path)
         except StoreCorrupt as error:
             result.faults.append(str(error))
             continue
-        if f"{receipt.shard}.json" != path.name:
+        if f"{receipt.shard}.json" != name:
             result.faults.append(f"{path}: the receipt of shard {receipt.shard}")
         found.append(receipt)
     return found
 
 
-def _check_object(path: Path, expected: StoredObject, result: Verification, *, quick: bool) -> None:
+def _check_object(path: str, found: int | None, expected: StoredObject, result: Verification, *, quick: bool) -> None:
     result.objects += 1
-    if not path.is_file():
+    found = _size(path) if found is None else found  # below a folder that is a link
+    if found is None:
         result.faults.append(f"{path}: missing, expected {expected.size} bytes")
         return
-    found = path.stat().st_size
     result.bytes += found
     if found != expected.size:
         result.faults.append(f"{path}: {found} bytes, expected {expected.size}")
@@ -302,8 +336,3 @@ def _check_object(path: Path, expected: StoredObject, result: Verification, *, q
             return
         if digest != expected.sha256:
             result.faults.append(f"{path}: sha256 {digest[:12]}..., expected {expected.sha256[:12]}...")
-
-
-def listed_bytes(store: Store) -> int:
-    """Bytes of all that the store lists: what :func:`verify` counts while it reads."""
-    return sum(entry.size for entry in _listed(store, Verification()).values())

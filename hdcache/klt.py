@@ -40,6 +40,8 @@ PAYS = 0.97
 """What a DCT must make of the bytes to be worth its arithmetic and its wider integers."""
 IDLE = 0.01
 """Share of the squared error that dropping the last components may add."""
+JOINED = 512
+"""Tokens up to which the axes of a grid are transformed back in one product: it grows with their square."""
 BLOCK_BYTES = 1 << 20
 """What the codec compresses together; its own choice is smaller and costs up to 3 % more bytes."""
 
@@ -68,28 +70,51 @@ def dct_matrix(count: int) -> Tensor:
 
 
 def integers(z: Tensor, dtype: str) -> NDArray[np.generic]:
-    """Whole numbers as stored, on the CPU; what is beyond the range is clipped, NaN becomes 0.
+    """Whole numbers as stored, on the CPU: see :func:`folded`."""
+    found: NDArray[np.generic] = folded(z, dtype)[0].contiguous().cpu().numpy().view(dtype)
+    return found
+
+
+def folded(z: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """``z`` cut off behind the point, as stored (int8 or int16 with the bits of ``dtype``), and how many were clipped: int64 [].
+
+    Both are on ``z``'s device, which is not waited for. What is beyond the range is clipped, NaN becomes 0.
 
     Unsigned: 0, -1, 1, -2, 2 ... become 0, 1, 2, 3, 4 ... A small number of either sign then has zeros in its high bits,
     which is what the codec's bit planes need: 11 to 13 % fewer bytes than the signed integers of earlier stores.
     """
     limit, wide = LIMITS[dtype], dtype.endswith("16")
-    # Narrow before it leaves the device.
-    whole = z.nan_to_num(0, limit, -limit).clamp(-limit, limit).to(torch.int16 if wide else torch.int8)
+    kind = torch.int16 if wide else torch.int8
+    # On a CPU two looks cost less than what they save; NaN fails both.
+    if z.device.type == "cpu" and z.numel() and bool(z.amin() > -limit - 1) and bool(z.amax() < limit + 1):
+        whole, clipped = z.to(kind), torch.zeros((), dtype=torch.int64)
+    else:
+        z = z.trunc()
+        clipped = (~(z.abs() <= limit)).sum()
+        whole = z.nan_to_num(0, limit, -limit).clamp(-limit, limit).to(kind)
     if dtype.startswith("u"):
-        whole = (whole << 1) ^ (whole >> (15 if wide else 7))
-    found: NDArray[np.generic] = whole.contiguous().cpu().numpy().view(dtype)
-    return found
+        sign = whole >> (15 if wide else 7)
+        whole = (whole << 1).bitwise_xor_(sign)
+    return whole, clipped
 
 
 def unfold(stored: Tensor) -> Tensor:
-    """The inverse of :func:`integers`, of any shape."""
-    if stored.dtype == torch.uint8:
-        return ((stored >> 1) ^ -(stored & 1)).view(torch.int8)
-    if stored.dtype == torch.uint16:
-        wide = stored.view(torch.int16).to(torch.int32) & 0xFFFF
-        return (wide >> 1) ^ -(wide & 1)
-    return stored
+    """The inverse of :func:`integers`, of any shape: int8 of uint8, int16 of uint16; what is signed already stays."""
+    if stored.dtype not in (torch.uint8, torch.uint16):
+        return stored
+    signed = torch.int8 if stored.dtype == torch.uint8 else torch.int16
+    if stored.device.type == "cpu":
+        # NumPy goes over the bytes twice as fast as torch, which has no shifts of uint16 at all.
+        whole = torch.empty_like(stored)
+        folded, out = stored.numpy(), whole.numpy()
+        sign = folded & 1
+        np.negative(sign, out=sign)
+        np.right_shift(folded, 1, out=out)
+        np.bitwise_xor(out, sign, out=out)
+        return whole.view(signed)
+    # Shifting the signed number drags its sign along; the mask drops it.
+    number = stored.view(signed)
+    return ((number >> 1) & torch.iinfo(signed).max) ^ -(number & 1)
 
 
 def over_grid(z: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -100,15 +125,36 @@ def over_grid(z: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     return found.flatten(2)
 
 
+def positions(grid: tuple[int, ...]) -> list[Tensor]:
+    """Matrices for :func:`over_grid` that undo its DCT over a token grid, float32, as few as are not too large.
+
+    One product with a matrix over two axes is many times faster than two that each move an axis to the end and back.
+    """
+    found: list[Tensor] = []
+    for n in reversed(grid):
+        back = dct_matrix(n).T.contiguous()
+        if found and n * len(found[0]) <= JOINED:
+            back = torch.kron(back, found.pop(0))
+        found.insert(0, back)
+    return found
+
+
 def components(patches: Tensor, constants: Mapping[str, Tensor], grid: tuple[int, ...] | None) -> Tensor:
     """Patch tokens [R, N, D] in steps: float32 [R, K, N], by token or by frequency."""
-    z = (((patches.float() - constants["mean"]) @ constants["basis"]) / constants["step"]).transpose(1, 2)
+    # The product itself turns tokens into columns: copying them there later costs more.
+    z = torch.matmul(constants["basis"].T, (patches.float() - constants["mean"]).transpose(1, 2))
+    z = z.div_(constants["step"])
     return z if grid is None else over_grid(z, [dct_matrix(n).to(z.device) for n in grid])
 
 
 def rounded(z: Tensor, dead_zone: float) -> Tensor:
     """Whole numbers, half a step and ``dead_zone`` more being rounded up; NaN stays."""
-    return z.round() if dead_zone == 0 else z.sign() * (z.abs() + (0.5 - dead_zone)).floor()
+    return before_cut(z.clone(), dead_zone).trunc_()
+
+
+def before_cut(z: Tensor, dead_zone: float) -> Tensor:
+    """``z``, changed in place to what is :func:`rounded` when it is cut off behind the point."""
+    return z.round_() if dead_zone == 0 else z.add_(z.sign(), alpha=0.5 - dead_zone)
 
 
 def bound(eigenvalues: NDArray[np.float64], relative_rmse: float) -> float:
@@ -128,18 +174,21 @@ def bound(eigenvalues: NDArray[np.float64], relative_rmse: float) -> float:
     return float(0.5 * np.log2(above / high).sum() / len(eigenvalues))
 
 
-def fit_klt(tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | None) -> Fitted:
-    """Choose basis, step and gain for patch tokens float32 [R, N, D], so that rows not seen have error ``fidelity``.
+@dataclass(frozen=True)
+class Prepared:
+    """What a fit needs of its rows, whatever the fidelity."""
 
-    The basis is of the first four fifths of the rows, step and gain of the last fifth: on its own rows a basis looks
-    better than it is (so they are where these are few). With ``grid`` (its product is N) a DCT over it is used where its codes are
-    smaller.
+    constants: dict[str, Tensor]
+    """``mean`` [D], ``basis`` [D, D], ``step`` 1."""
+    eigenvalues: NDArray[np.float64]
+    varies: bool
+    """Whether tokens differ at all."""
+    samples: list[tuple[tuple[int, ...] | None, Tensor]]
+    """A grid to transform over, or None, and the components [R, D, N] of some rows."""
 
-    Raises
-    ------
-    UsageError
-        where the largest component would need more than 16 bits.
-    """
+
+def prepare(patches: Tensor, grid: tuple[int, ...] | None) -> Prepared:
+    """Principal axes of patch tokens float32 [R, N, D], and components of the rows that a step is chosen on."""
     rows, tokens, channels = patches.shape
     apart = rows // 5 if rows // 5 * tokens >= ENOUGH_TOKENS else 0
     mean, eigenvalues, vectors = _principal(patches[: rows - apart].reshape(-1, channels))
@@ -150,10 +199,34 @@ def fit_klt(tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | 
     # Where a few tokens hold all the energy, a part of them says nothing about the rest.
     if varies and float(sample.double().var(dim=(0, 1), correction=0).sum()) < 0.5 * float(eigenvalues.sum()):
         sample = patches.cpu()
+    # As earlier versions had it in memory: sums in another order would give other constants in the last digit, and those
+    # of a store could not be made again where they are lost.
+    plain = components(sample, basis, None).transpose(1, 2).contiguous().transpose(1, 2)
+    samples: list[tuple[tuple[int, ...] | None, Tensor]] = [(None, plain)]
+    samples += [] if grid is None else [(grid, components(sample, basis, grid))]
+    return Prepared(basis, eigenvalues, varies, samples)
+
+
+def fit_klt(
+    tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | None, prepared: Prepared | None = None
+) -> Fitted:
+    """Choose basis, step and gain for patch tokens float32 [R, N, D], so that rows not seen have error ``fidelity``.
+
+    The basis is of the first four fifths of the rows, step and gain of the last fifth: on its own rows a basis looks
+    better than it is (so they are where these are few). With ``grid`` (its product is N) a DCT over it is used where its codes are
+    smaller. ``prepared`` is what :func:`prepare` made of the same rows, for fits of several fidelities.
+
+    Raises
+    ------
+    UsageError
+        where the largest component would need more than 16 bits.
+    """
+    rows, tokens, channels = patches.shape
+    ready = prepare(patches, grid) if prepared is None else prepared
+    basis = ready.constants
     best: tuple[int, tuple[int, ...] | None, float, Tensor, int] | None = None
-    for candidate in dict.fromkeys([None, grid]):
-        z = components(sample, basis, candidate)
-        step, gain, kept = _search(z, fidelity) if varies else (1.0, torch.ones(channels), channels)
+    for candidate, z in ready.samples:
+        step, gain, kept = _search(z, fidelity) if ready.varies else (1.0, torch.ones(channels), channels)
         found = _size(rounded(z[:, :kept] / step, DEAD_ZONE))
         if best is None or found < PAYS * best[0]:
             best = found, candidate, step, gain, kept
@@ -179,7 +252,7 @@ def fit_klt(tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | 
         {name: value.numpy().astype(np.float32) for name, value in named.items()},
         int(large.max()) + 1 if len(large) else 0,
         chosen,
-        eigenvalues,
+        ready.eigenvalues,
     )
 
 

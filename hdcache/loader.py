@@ -9,28 +9,32 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hdcache.backbones import normalize
 from hdcache.batch import Batch, HostBatch, handed_over
+from hdcache.collation import Collator, Table
 from hdcache.datasets import Dataset
-from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageError
+from hdcache.errors import InputNotFound, UsageError
+from hdcache.finishing import Finisher
+from hdcache.host_memory import HostMemory
 from hdcache.options import Options
 from hdcache.order import epoch_order, rank_slice
-from hdcache.photometric import apply_photometric, draw_photometric
-from hdcache.reader import MASK_ARRAY, TeacherReader, geometry_manifest, read_geometry, sealed_geometry
-from hdcache.rendering import Pixels, Rendering, input_shape
+from hdcache.reader import TeacherReader, geometry_manifest, read_geometry, sealed_geometry
+from hdcache.rendering import Rendering
 from hdcache.resources import memory_budget
-from hdcache.samples import Recorded
+from hdcache.runs import RUN_ROWS, Runs
 from hdcache.schema import Manifest, ViewSpec
+from hdcache.stages import Stages
 from hdcache.store import Store
-from hdcache.taps import Tokens
-from hdcache.target_sources import RUN_ROWS, LiveTargets, Runs, StoredTargets
+from hdcache.target_sources import LiveTargets, StoredTargets
 from hdcache.views import check_input, check_views, row_order
+
+READERS = 2
+"""Threads that read and decompress stored rows, at the least."""
 
 
 class Loader:
@@ -64,6 +68,10 @@ class Loader:
     ) -> None:
         self.dataset, self.options, self.spec, self.store = dataset, options, views, store
         self.stored, self.live = list(stored), list(live)
+        if not options.images and (self.live or options.fresh):
+            raise UsageError(
+                "images=False is for stored targets: fresh views and teachers in the loop are made of images"
+            )
         check_views(views, dataset.card)
         where = None if store is None else store.path
         check_input(views, options.preprocessing, "the student", where)
@@ -71,6 +79,8 @@ class Loader:
             check_input(views, target.teacher.card.preprocessing, f"teacher {target.name}", where)
         inputs = [target.teacher.card.preprocessing for target in self.live]
         self.rendering = Rendering(dataset, views, options.preprocessing, inputs, options.fresh)
+        if store is not None:
+            store.adopt_ids(dataset.card.fingerprint, dataset.ids)
         self.ids = store.ids if store is not None else tuple(dataset.ids)
         self.labels = store.labels if store is not None else dataset.labels
         self.readers = [target.reader for target in self.stored]
@@ -83,10 +93,15 @@ class Loader:
         # teacher: which ones the store has, or gets later, changes nothing.
         self._replays = store is not None and (bool(self.readers) or not options.fresh)
         self.views = self._usable_views(num_views)
-        self._geometry: dict[int, tuple[NDArray[np.int32], NDArray[np.uint8]]] = {}
+        self._geometry: dict[int, Table] = {}
         self.waited = 0.0
         """Seconds that the consumer has spent waiting for batches."""
-        self.dropped: dict[str, str] = {}
+        self._stages, self._memory = Stages(), HostMemory(pinned=options.device.type == "cuda")
+        self._collator = Collator(
+            self.rendering, options, self.ids, self.labels, self.stored, self.live, self._memory, self._stages
+        )
+        self._finisher = Finisher(options, self.stored, self.live, self._stages)
+        self.dropped = self._collator.dropped
         """Samples that could not be read while training without a store: id -> reason."""
         self.left_out: dict[str, str] = {}
         """Those of them that were known before the first step, and that no batch asks for."""
@@ -97,14 +112,14 @@ class Loader:
     def leave_out(self, unreadable: Mapping[str, str]) -> None:
         """Take no row of these samples, id -> reason, as a store takes none that failed; said before the first step."""
         self.left_out = dict(unreadable)
-        self.dropped |= self.left_out
+        self.dropped.update(self.left_out)
         self._present = np.array([sample_id not in self.left_out for sample_id in self.ids])
 
     def _affordable_prefetch(self) -> int:
         """Batches to prepare ahead: what was asked for, or as many as fit the byte budget. The order never changes."""
         options = self.options
         stored = sum(target.reader.bytes_per_row(target.derivation.taps) for target in self.stored)
-        images = sum(3 * (wanted.frames or 1) * wanted.size**2 for wanted in self.rendering.inputs)
+        images = sum(3 * (wanted.frames or 1) * wanted.size**2 for wanted in self.rendering.inputs if options.images)
         local = -(-options.batch_size // options.world)
         budget = memory_budget()
         for prefetch in range(options.prefetch, 0, -1):
@@ -193,6 +208,26 @@ class Loader:
 
         A last batch of fewer rows than processes leaves some of them an empty one (``drop_last`` leaves it out).
         """
+        view, device, finish = self._view(epoch), self.options.device, self._finisher.finish
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # torch's constructor has no types
+        waiting: tuple[Batch, torch.cuda.Event] | None = None
+        with closing(self.host_batches(epoch, start)) as batches:
+            for number, ready in enumerate(batches, start):
+                for part in ready.split(self.options.pieces):
+                    if stream is None:
+                        yield finish(part, epoch, view, number)
+                        continue
+                    # One piece ahead on a stream of its own: copies and decoding overlap with the step before.
+                    with torch.cuda.stream(stream):
+                        following = finish(part, epoch, view, number), stream.record_event()
+                    if waiting is not None:
+                        yield handed_over(*waiting)
+                    waiting = following
+            if waiting is not None:
+                yield handed_over(*waiting)
+
+    def host_batches(self, epoch: int, start: int = 0) -> Generator[HostBatch, None, None]:
+        """As :meth:`epoch`, but on the host and as stored, neither decoded nor cut into pieces."""
         options, view, order = self.options, self._view(epoch), self.order(epoch)
         count = self.batches_per_epoch(epoch)
         if not 0 <= start <= count:
@@ -201,150 +236,47 @@ class Loader:
         for index in range(start, count):
             batch = order[index * options.batch_size : (index + 1) * options.batch_size]
             shares.append(batch[rank_slice(len(batch), options.rank, options.world)])
-        runs = Runs(self.stored, view, len(self.ids), shares)
+        runs = Runs(self.stored, view, len(self.ids), shares, memory=self._memory, stages=self._stages)
         table, samples = self._table(view)
         ahead = max(self._prefetch, -(-options.buffer_rows // options.batch_size))
-        cuda = options.device.type == "cuda"
-        stream = torch.cuda.Stream(options.device) if cuda else None  # type: ignore[no-untyped-call]  # torch's constructor has no types
         with (
             ThreadPoolExecutor(options.threads, "decode") as decoding,
-            ThreadPoolExecutor(2, "read") as reading,
+            ThreadPoolExecutor(max(READERS, options.threads), "read") as reading,
             ThreadPoolExecutor(1, "collate") as collating,
         ):
             pending: list[Future[HostBatch]] = []
-            submitted = 0
-            waiting: tuple[Batch, torch.cuda.Event] | None = None
             try:
                 for number in range(len(shares)):
                     runs.request(reading, number + ahead + 1)
-                    while submitted < min(len(shares), number + self._prefetch):
-                        rows = shares[submitted]
-                        futures = [
-                            decoding.submit(self._open, view, epoch, int(row), int(samples[row]), table) for row in rows
-                        ]
+                    for rows in shares[number + len(pending) : number + self._prefetch]:
+                        opened = self._collator.open(decoding, view, epoch, rows, samples, table)
                         pending.append(
-                            collating.submit(self._collate, runs, submitted, rows, samples, futures, epoch, view)
+                            collating.submit(
+                                self._collator.collate, runs, number + len(pending), samples[rows], opened, epoch, view
+                            )
                         )
-                        submitted += 1
                     began = time.perf_counter()
                     ready = pending.pop(0).result()
                     self.waited += time.perf_counter() - began
-                    for part in ready.split(options.pieces):
-                        if stream is None:
-                            yield self._finish(part, epoch, view, start + number)
-                            continue
-                        # One piece ahead on a stream of its own: copies and decoding overlap with the step before.
-                        with torch.cuda.stream(stream):
-                            following = self._finish(part, epoch, view, start + number), stream.record_event()
-                        if waiting is not None:
-                            yield handed_over(*waiting)
-                        waiting = following
-                if waiting is not None:
-                    yield handed_over(*waiting)
+                    yield ready
             finally:
                 for pool in (collating, decoding, reading):
                     pool.shutdown(wait=False, cancel_futures=True)
 
-    def _table(self, view: int) -> tuple[tuple[NDArray[np.int32], NDArray[np.uint8]] | None, NDArray[np.int64]]:
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage, of all epochs so far.
+
+        ``read`` and ``images`` are the sums over the threads that read targets and open images; ``await_images``,
+        ``await_targets`` and ``collate`` are those of the one thread that puts batches together, and ``finish`` (copies,
+        decoding, live teachers) those of the consumer. Of its time it has also spent :attr:`waited` for batches.
+        """
+        return self._stages.seconds()
+
+    def _table(self, view: int) -> tuple[Table | None, NDArray[np.int64]]:
         if self.store is None or not self._replays:
             return None, row_order(len(self.ids), self.spec.seed, view)
         if view not in self._geometry:
             self._geometry = {view: read_geometry(self.store, view)}
         table = self._geometry[view]
         return table, table[0][:, 0].astype(np.int64)
-
-    def _open(
-        self, view: int, epoch: int, row: int, sample: int, table: tuple[NDArray[np.int32], NDArray[np.uint8]] | None
-    ) -> list[Pixels] | str:
-        recorded: Recorded | None = None if table is None else (table[0][row], table[1][row].tobytes())
-        try:
-            return self.rendering.open(self.ids[sample], view, epoch, recorded)
-        except UnreadableImage as error:
-            if table is not None:
-                raise StoreMismatch(f"{error}; it could be read when the store was made") from None
-            return str(error)
-
-    def _collate(
-        self,
-        runs: Runs,
-        number: int,
-        rows: NDArray[np.int64],
-        samples: NDArray[np.int64],
-        futures: Sequence[Future[list[Pixels] | str]],
-        epoch: int,
-        view: int,
-    ) -> HostBatch:
-        opened = [future.result() for future in futures]
-        kept = [i for i, found in enumerate(opened) if not isinstance(found, str)]
-        reasons = {self.ids[samples[rows[i]]]: found for i, found in enumerate(opened) if isinstance(found, str)}
-        self.dropped |= reasons
-        if reasons and not kept:
-            raise InputNotFound(
-                f"none of the {self.dataset.card.noun} of a whole batch could be read; the first: {next(iter(reasons.values()))}"
-            )
-        chosen = samples[rows[kept]]
-        ids = [self.ids[sample] for sample in chosen]
-        images = [found for found in opened if not isinstance(found, str)]
-        pixels = [
-            np.stack([image[which] for image in images]) if images else np.empty((0, *input_shape(wanted)), np.uint8)
-            for which, wanted in enumerate(self.rendering.inputs)
-        ]
-        augment = [
-            None if spec is None else draw_photometric(spec, self.options.seed, ids, epoch, slot)
-            for slot, spec in enumerate(self.options.augment)
-        ]
-        gathered = runs.gather(number, rows)
-        seen = {target.name: target.visible(gathered[target.name]) for target in self.stored}
-        seen |= {target.name: target.teacher.visible(ids, view) for target in self.live}
-        arrays = {
-            teacher: {name: self._host(value) for name, value in found.items() if name != MASK_ARRAY}
-            for teacher, found in gathered.items()
-        }
-        return HostBatch(
-            ids,
-            self._host(self.labels[chosen]),
-            [self._host(value) for value in pixels],
-            arrays,
-            augment,
-            {name: self._host(value) for name, value in seen.items() if value is not None},
-        )
-
-    def _finish(self, ready: HostBatch, epoch: int, view: int, index: int) -> Batch:
-        slots = len(ready.augment)
-        targets: dict[str, dict[str, Tokens | Tensor]] = {}
-        for target in self.stored:
-            arrays = {name: self._to_device(value) for name, value in ready.arrays[target.name].items()}
-            targets[target.name] = target.finish(arrays)
-        for live, pixels in zip(self.live, ready.pixels[slots:], strict=True):
-            visible = ready.visible.get(live.name)
-            targets[live.name] = live.finish(pixels, None if visible is None else visible.numpy())
-        images, *more = (self._student_view(ready.pixels[slot], ready.augment[slot], slot) for slot in range(slots))
-        return Batch(
-            images,
-            ready.ids,
-            self._to_device(ready.labels),
-            targets,
-            epoch,
-            view,
-            index,
-            ready.piece,
-            ready.pieces,
-            ready.share,
-            tuple(more),
-            {name: self._to_device(value) for name, value in ready.visible.items()},
-        )
-
-    def _student_view(self, pixels: Tensor, augment: Tensor | None, slot: int) -> Tensor:
-        images = self._to_device(pixels)
-        spec = self.options.augment[slot]
-        if augment is not None and spec is not None:
-            images = apply_photometric(images.to(torch.float32) / 255, augment, spec)
-        return normalize(images, self.options.preprocessing)
-
-    def _host(self, value: NDArray[np.generic]) -> Tensor:
-        """``value`` as a tensor that can travel to the device while the device computes; pinned on the collating thread."""
-        tensor = torch.from_numpy(value)
-        return tensor.pin_memory() if self.options.device.type == "cuda" else tensor
-
-    def _to_device(self, value: Tensor) -> Tensor:
-        return value.to(self.options.device, non_blocking=self.options.device.type == "cuda")

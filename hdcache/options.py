@@ -25,6 +25,8 @@ class Options:
     """Photometric augmentation of each of the student's views."""
     fresh: int = 0
     """Views of its own that the student sees in every epoch, in place of the view that targets belong to; 0: none."""
+    images: bool = True
+    """False: targets alone, with no image opened; ``Batch.images`` is [B, 0]. Not with teachers in the loop."""
     pieces: int = 1
     """Pieces that a batch is yielded in; only one of them is decoded on the device at a time."""
     drop_last: bool = False

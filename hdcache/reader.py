@@ -24,6 +24,9 @@ from hdcache.taps import Coded, Tokens, parse_tap
 MASK_ARRAY = "mask/visible"
 """Where a masked teacher's rows hold the tokens that it saw, beside its taps."""
 
+CHECKED_ROWS = 1 << 16
+"""Rows of a view's geometry that are checked at a time."""
+
 Parts = dict[str, NDArray[np.generic]]
 """Opening an array sets zarr's one global configuration for a moment."""
 
@@ -145,6 +148,18 @@ class TeacherReader:
             raise UsageError(f"rows {start} to {stop}: choose a range inside 0 to {count}")
         return {name: self._array(view, tap, name).rows(start, stop) for name in self.record.taps[tap].arrays}
 
+    def copy_rows(self, view: int, key: str, start: int, stop: int, into: Sequence[NDArray[np.generic] | None]) -> None:
+        """Copy rows ``[start, stop)`` of one stored array, ``tap/array`` or :data:`MASK_ARRAY`, to where each is wanted.
+
+        ``into`` are arrays of one row's shape, one for each row; None: nowhere. :meth:`unpacked` reads masks.
+
+        Raises
+        ------
+        StoreCorrupt
+            naming the object, when one is missing, has the wrong size or fails its checksum.
+        """
+        self._array(view, *key.split("/")).copy_rows(start, stop, into)
+
     def packed_masks(self, view: int, start: int, stop: int) -> NDArray[np.uint8]:
         """Packed masks of rows ``[start, stop)`` of a masked teacher; :meth:`unpacked` reads them."""
         return self._array(view, *MASK_ARRAY.split("/")).rows(start, stop).astype(np.uint8, copy=False)
@@ -234,11 +249,14 @@ def read_geometry(store: Store, view: int, pipeline: str | None = None) -> tuple
     digests = ArrayReader(
         store.path, f"views/{view}/source_digest", (count, 32), "uint8", listed, shard, pipeline
     ).rows(0, count)
-    samples = geometry[:, columns.index("sample")]
-    if not np.array_equal(np.sort(samples), np.arange(count)):
+    samples = geometry[:, columns.index("sample")].astype(np.int64)
+    named = np.zeros(count, bool)
+    named[samples[(samples >= 0) & (samples < count)]] = True
+    if not named.all():
         raise StoreMismatch(f"{store.path}/views/{view}: its rows do not name every sample once")
-    _check_geometry(store, view, 0, geometry)
-    return geometry.astype(np.int32), digests.astype(np.uint8)
+    for first in range(0, count, CHECKED_ROWS):
+        _check_geometry(store, view, first, geometry[first : first + CHECKED_ROWS])
+    return geometry.astype(np.int32, copy=False), digests.astype(np.uint8, copy=False)
 
 
 def _tap_fault(record: TeacherRecord) -> str:

@@ -28,6 +28,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 KEY = re.compile(r"[A-Za-z0-9._@/-]{1,512}")
 # A row beyond this is no feature; it bounds what a hostile record can make a reader allocate.
 MAX_VALUES = 1 << 32
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 WHOLE = {"whole": True}
 """The context in which records are dumped with every field."""
 
@@ -79,7 +80,7 @@ class GrownRecord(Record):
 
 def canonical_json(value: Any) -> bytes:
     """Sorted keys, no spaces, UTF-8: equal values have equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def first_fault(error: ValidationError) -> str:

@@ -31,14 +31,32 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     UsageError
         if ``heads`` does not divide the width.
     """
-    B, T, E = qkv.shape
+    E = qkv.shape[-1]
     if heads < 1 or E % (3 * heads):
-        raise UsageError(
-            f"QKV of width {E} = 3 x {E // 3} cannot be split into {heads} heads: {heads} does not divide {E // 3}; "
-            "choose a head count that divides both the teacher's and the student's width"
-        )
-    q, k, v = qkv.reshape(B, T, 3, heads, E // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        raise _indivisible(E, heads)
+    q, k, v = (split_part(part, heads) for part in qkv.chunk(3, dim=-1))
     return q, k, v
+
+
+def split_part(part: Tensor, heads: int) -> Tensor:
+    """[B, H, T, K] of one of queries, keys and values [B, T, H K].
+
+    Raises
+    ------
+    UsageError
+        if ``heads`` does not divide the width.
+    """
+    B, T, D = part.shape
+    if heads < 1 or D % heads:
+        raise _indivisible(3 * D, heads)
+    return part.reshape(B, T, heads, D // heads).transpose(1, 2)
+
+
+def _indivisible(width: int, heads: int) -> UsageError:
+    return UsageError(
+        f"QKV of width {width} = 3 x {width // 3} cannot be split into {heads} heads: {heads} does not divide {width // 3}; "
+        "choose a head count that divides both the teacher's and the student's width"
+    )
 
 
 def relation_logits(x: Tensor, y: Tensor, scale: float | None = None) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 MOST_THREADS = 16
 MOST_BYTES = 8 << 30
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 
 def memory_budget() -> int:
@@ -21,6 +24,21 @@ def available_cores() -> int:
     """Cores that this process may use, at most 16; ranks that torchrun started on one machine share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_THREADS, cores // ranks_here()))
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what this process frees for what it allocates next; False where there is no glibc.
+
+    By default tens of megabytes go back to the system each time, and a training step on a CPU asks for as much again at once:
+    the pages of a batch then cost as much as decoding it. The peak of memory stays, but it is held until the process ends.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Older versions refuse to allocate more than 32 MB from the heap.
+    allocated = any(mallopt(_MMAP_THRESHOLD, limit) for limit in (1 << 30, 32 << 20))
+    return bool(allocated and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def ranks_here() -> int:

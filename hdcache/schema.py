@@ -13,8 +13,10 @@ from hdcache.records import MAX_VALUES, Facts, GrownRecord, Record, canonical_js
 FORMAT = 1
 
 
-class DatasetCard(Record):
+class DatasetCard(GrownRecord):
     """What a data set is, wherever it lies."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"shorter_side"})
 
     spec: str = ""
     """Where it is (``folder:/data/train``). Not part of any identity, and kept apart on disk: data may move."""
@@ -24,6 +26,8 @@ class DatasetCard(Record):
     count: int = Field(ge=1, le=MAX_VALUES)
     classes: tuple[str, ...] = ()
     """Class names; ``label`` arrays index into them, -1 where a sample has none."""
+    shorter_side: int | None = Field(default=None, ge=16, le=8192)
+    """Larger images were shrunk to it, once and before any network saw them (:mod:`hdcache.shrinking`); None: none were."""
 
     @property
     def noun(self) -> str:
@@ -233,17 +237,6 @@ class TapCard(GrownRecord):
         if self.tokens:
             return self.tokens, self.channels
         return (self.channels,) if self.encoding == "topk" else self.arrays["values"].shape
-
-
-class About(Record):
-    """What may change without changing a store: where things came from. ``about.json``, which no seal covers."""
-
-    data: str = ""
-    """Spec of the data set when the store was made."""
-    source: str = ""
-    """Where a teacher's weights came from."""
-    written_with: dict[str, str] = Field(default_factory=dict)
-    """Versions of what wrote it (hdcache, zarr, pillow ...)."""
 
 
 class TapRequest(GrownRecord):

@@ -4,6 +4,7 @@
 
     STORE/zarr.json                         attributes.hdcache: StoreCard; about.json: where the data was
     STORE/samples/{id_bytes,id_offsets,label}
+    STORE/samples/pixels/...                the samples themselves, where they are kept: hdcache.packed
     STORE/views/K/{geometry,source_digest}  one row per (sample, view K), in the view's own order
     STORE/teachers/NAME/zarr.json           attributes.hdcache: TeacherRecord
     STORE/teachers/NAME/encodings/TAP/...   constants of an encoding (basis, mean, step)
@@ -30,14 +31,19 @@ from typing import Any
 import filelock
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from hdcache.arrays import ArrayReader, group_metadata, read_attributes, read_json, write_constant
 from hdcache.durable import durable_write, sync_folder
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
-from hdcache.records import NAME, check_name
-from hdcache.schema import FORMAT, About, Receipt, StoreCard, StoredObject, TeacherRecord, ViewSpec
+from hdcache.records import NAME, Record, check_name
+from hdcache.schema import FORMAT, Receipt, StoreCard, StoredObject, TeacherRecord, ViewSpec
 
 ABOUT, ROOT_LOCK = "about.json", ".lock"
+PIXELS = "samples/pixels"
+"""Where a store keeps the bytes of its samples, if it does (:mod:`hdcache.packed`)."""
+ID_BLOCK = 1 << 16
+"""Sample ids that are decoded at a time."""
 GEOMETRY_COLUMNS = ("sample", "left", "top", "width", "height", "flip", "source_width", "source_height")
 """Columns of a view's geometry, of still images and of clips alike; :func:`geometry_columns` names all."""
 
@@ -45,6 +51,17 @@ GEOMETRY_COLUMNS = ("sample", "left", "top", "width", "height", "flip", "source_
 def geometry_columns(views: ViewSpec) -> tuple[str, ...]:
     """Columns of the geometry of ``views``; a clip's row ends with the indices of its frames in the video."""
     return GEOMETRY_COLUMNS + tuple(f"frame_{number}" for number in range(views.frames or 0))
+
+
+class About(Record):
+    """What may change without changing a store: where things came from. ``about.json``, which no seal covers."""
+
+    data: str = ""
+    """Spec of the data set when the store was made."""
+    source: str = ""
+    """Where a teacher's weights came from."""
+    written_with: dict[str, str] = Field(default_factory=dict)
+    """Versions of what wrote it (hdcache, zarr, pillow ...)."""
 
 
 def read_about(folder: Path) -> About:
@@ -114,11 +131,11 @@ class Store:
             for entry in root.iterdir()
         ):
             raise StoreMismatch(f"{root}: not empty and not a store; give --store another folder")
-        data = [sample.encode() for sample in ids]
+        lengths = np.fromiter((len(sample.encode()) for sample in ids), np.int64, len(ids))
         objects: dict[str, StoredObject] = {}
         arrays: dict[str, NDArray[Any]] = {
-            "id_bytes": np.frombuffer(b"".join(data), np.uint8),
-            "id_offsets": np.cumsum([0, *map(len, data)], dtype=np.int64),
+            "id_bytes": np.frombuffer("".join(ids).encode(), np.uint8),
+            "id_offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
             "label": np.asarray(labels, np.int64),
         }
         for name, value in arrays.items():
@@ -130,7 +147,9 @@ class Store:
         about = About(data=card.dataset.spec, written_with=dict(written_with or {}))
         durable_write(root / ABOUT, about.canonical())
         durable_write(root / "zarr.json", group_metadata(_lasting(card).model_dump(mode="json")))
-        return cls(root, card, about)
+        store = cls(root, card, about)
+        store.ids = tuple(ids)
+        return store
 
     def _sample_array(self, name: str, count: int | None, dtype: str) -> NDArray[np.generic]:
         listed = Receipt.parse(
@@ -146,15 +165,23 @@ class Store:
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """Sample ids, sorted bytewise."""
-        offsets = self._sample_array("id_offsets", self.card.dataset.count + 1, "int64")
+        offsets = self._sample_array("id_offsets", self.card.dataset.count + 1, "int64").astype(np.int64, copy=False)
         data = self._sample_array("id_bytes", None, "uint8").tobytes()
-        ends = offsets.tolist()
-        if ends[0] != 0 or ends[-1] != len(data) or any(a >= b for a, b in itertools.pairwise(ends)):
+        if offsets[0] != 0 or offsets[-1] != len(data) or not (offsets[:-1] < offsets[1:]).all():
             raise StoreCorrupt(f"{self.path}/samples: id offsets do not fit the id bytes")
+        found: list[str] = []
         try:
-            return tuple(data[a:b].decode() for a, b in itertools.pairwise(ends))
+            for start in range(0, len(offsets) - 1, ID_BLOCK):
+                ends = offsets[start : start + ID_BLOCK + 1].tolist()
+                found += [data[a:b].decode() for a, b in itertools.pairwise(ends)]
         except UnicodeDecodeError:
             raise StoreCorrupt(f"{self.path}/samples/id_bytes: not UTF-8") from None
+        return tuple(found)
+
+    def adopt_ids(self, fingerprint: str, ids: tuple[str, ...]) -> None:
+        """Take the ids of a data set that is this store's by its fingerprint, so that no second copy of them is held."""
+        if fingerprint == self.card.dataset.fingerprint:
+            self.ids = ids
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -224,8 +251,9 @@ class Store:
 
     @property
     def begun(self) -> bool:
-        """Whether it holds a teacher or rows of a view: its settings are fixed then."""
-        return bool(self.teachers()) or any(is_view(path.name) for path in (self.path / "views").glob("*"))
+        """Whether it holds a teacher, rows of a view or bytes of samples: its settings are fixed then."""
+        views = any(is_view(path.name) for path in (self.path / "views").glob("*"))
+        return views or bool(self.teachers()) or (self.path / PIXELS).is_dir()
 
     def withdraw(self) -> bool:
         """Remove the root record of a store that nothing was written to, so that it can be created with other settings.

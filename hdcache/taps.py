@@ -25,14 +25,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from hdcache.errors import UsageError
-from hdcache.relations import relation, split_heads
+from hdcache.relations import relation, split_part
+
+if TYPE_CHECKING:
+    # Seconds to load, and not needed to read a store or to list recipes.
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block
 
 _NAME = re.compile(
     r"block(?P<block>[1-9][0-9]{0,3})\.(?P<what>out|attn_in|qkv|attn_out|mid|mlp_out"
@@ -75,7 +80,7 @@ class Coded:
 
     def tokens(self) -> Tokens:
         """The features themselves."""
-        return Tokens(self.prefix, self.codes @ self.inverse + self.mean)
+        return Tokens(self.prefix, linear(self.codes, self.inverse.T, self.mean))
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,8 @@ def parse_tap(name: str, depth: int | None = None) -> TapName:
 
 def num_blocks(model: nn.Module) -> int:
     """Depth of a supported ViT; :class:`UsageError` names what is not supported."""
+    from timm.models.vision_transformer import VisionTransformer
+
     if not isinstance(model, VisionTransformer):
         raise UsageError(
             f"{type(model).__name__} is not a plain timm VisionTransformer; "
@@ -133,6 +140,8 @@ def attention_of(model: nn.Module, block: int) -> Attention:
     UsageError
         saying which kind of attention or block cannot be read.
     """
+    from timm.layers.attention import Attention
+
     layer = _plain_block(model, block)
     if type(layer.attn) is not Attention:
         raise UsageError(
@@ -151,6 +160,8 @@ def check_readable(model: nn.Module, tap: TapName) -> None:
 
 
 def _plain_block(model: nn.Module, block: int) -> Block:
+    from timm.models.vision_transformer import Block
+
     num_blocks(model)
     layer: nn.Module = model.blocks[block - 1]  # type: ignore[index, assignment]  # nn.Module's attributes are untyped
     if type(layer) is not Block:  # a subclass may do something else
@@ -283,11 +294,20 @@ def relation_of_qkv(attention: nn.Module, qkv_BTE: Tensor, kind: str, heads: int
     With the block's own head count, Q and K pass its Q/K norm as in its own attention. Another head count
     (``heads``) cannot: the norms are sized for the block's heads, and such a block is refused. Values have no norm.
     """
+    q, k, v = qkv_BTE.chunk(3, dim=-1)
+    return relation_of_parts(attention, {"q": q, "k": k, "v": v}, kind, heads)
+
+
+def relation_of_parts(attention: nn.Module, parts: Mapping[str, Tensor], kind: str, heads: int | None = None) -> Tensor:
+    """As :func:`relation_of_qkv`, of those of Q, K and V, each [B, T, H K], that ``kind`` relates."""
     own = int(attention.num_heads)  # type: ignore[arg-type]  # nn.Module's attributes are untyped
-    q, k, v = split_heads(qkv_BTE, heads or own)
-    if kind != "vv" and not (isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)):
-        if heads not in (None, own):
-            raise UsageError(f"relations with {heads} heads: the block normalises Q and K for its own {own} heads")
-        q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator]  # nn.Module's attributes are untyped
-    pick = {"q": q, "k": k, "v": v}
-    return relation(pick[kind[0]], pick[kind[1]])
+    normed = kind != "vv" and not (
+        isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
+    )
+    if normed and heads not in (None, own):
+        raise UsageError(f"relations with {heads} heads: the block normalises Q and K for its own {own} heads")
+    found = {letter: split_part(parts[letter], heads or own) for letter in set(kind)}
+    if normed:
+        norms = {"q": attention.q_norm, "k": attention.k_norm}
+        found = {letter: norms[letter](value) for letter, value in found.items()}  # type: ignore[operator]  # nn.Module's attributes are untyped
+    return relation(found[kind[0]], found[kind[1]])

@@ -7,7 +7,7 @@ teacher runs the same batch shapes as extraction did.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from hdcache.errors import UsageError
 from hdcache.reader import MASK_ARRAY, TeacherReader, mask_array
-from hdcache.schema import TeacherRecord
+from hdcache.schema import ArrayCard, TeacherRecord
 from hdcache.store import Store
 from hdcache.taps import Tokens, parse_tap
 from hdcache.targets import Derivation, derivation, plan_targets, sources
 from hdcache.teachers import Teacher
 
-RUN_ROWS = 32
-"""Rows that are read together."""
+HostArrays = Mapping[str, NDArray[np.generic]]
+"""Stored arrays of the rows of a batch, by ``tap/array``."""
 
 
 def as_extracted(record: TeacherRecord) -> str:
@@ -67,31 +67,25 @@ class StoredTargets:
         weights = {name: torch.from_numpy(np.array(value)).to(device) for name, value in reader.weights.items()}
         self.derivation: Derivation = derivation(plan, record.attention, weights)
 
-    def read(self, view: int, start: int, stop: int) -> dict[str, NDArray[np.generic]]:
-        """Stored arrays of a run of rows, by ``tap/array``."""
-        found = {
-            f"{tap}/{name}": value
-            for tap in self.derivation.taps
-            for name, value in self.reader.rows(view, tap, start, stop).items()
-        }
-        if self.masked:
-            found[MASK_ARRAY] = self.reader.packed_masks(view, start, stop)
-        return found
-
-    def empty(self, rows: int) -> dict[str, NDArray[np.generic]]:
-        """Arrays for so many rows, not filled in, named as :meth:`read` names them."""
+    @cached_property
+    def arrays(self) -> dict[str, ArrayCard]:
+        """One row of each stored array that is read, by ``tap/array``."""
         cards = {
             f"{tap}/{name}": card
             for tap in self.derivation.taps
             for name, card in self.reader.record.taps[tap].arrays.items()
         }
-        if self.masked:
-            cards[MASK_ARRAY] = mask_array(self.reader.record.card)
-        return {key: np.empty((rows, *card.shape), card.dtype) for key, card in cards.items()}
+        return cards | ({MASK_ARRAY: mask_array(self.reader.record.card)} if self.masked else {})
 
-    def visible(self, arrays: Mapping[str, NDArray[np.generic]]) -> NDArray[np.int64] | None:
+    def read(self, view: int, start: int, stop: int, into: Sequence[tuple[HostArrays, int] | None]) -> None:
+        """Read rows ``[start, stop)`` and put each where it is wanted: into arrays of :attr:`arrays`, at a place; None: nowhere."""
+        for key in self.arrays:
+            places = [None if wanted is None else wanted[0][key][wanted[1]] for wanted in into]
+            self.reader.copy_rows(view, key, start, stop, places)
+
+    def visible(self, arrays: Mapping[str, Tensor]) -> NDArray[np.int64] | None:
         """Ascending indices int64 [R, M] of the patch tokens that the teacher saw; None: all."""
-        return self.reader.unpacked(arrays[MASK_ARRAY].astype(np.uint8, copy=False)) if self.masked else None
+        return self.reader.unpacked(arrays[MASK_ARRAY].numpy()) if self.masked else None
 
     def finish(self, arrays: Mapping[str, Tensor]) -> dict[str, Tokens | Tensor]:
         """Targets of a batch from its stored arrays, on the device those are on."""
@@ -122,48 +116,6 @@ class LiveTargets:
     def finish(self, pixels: Tensor, visible: NDArray[np.int64] | None = None) -> dict[str, Tokens | Tensor]:
         """Targets of uint8 pixels [B, 3, size, size] at the teacher's input size; of the ``visible`` tokens alone."""
         return self.derivation.derive(self.teacher.forward(pixels, self.derivation.taps, visible))
-
-
-class Runs:
-    """Runs of rows, each read once, kept until the last batch that needs it."""
-
-    def __init__(
-        self, stored: Sequence[StoredTargets], view: int, count: int, shares: Sequence[NDArray[np.int64]]
-    ) -> None:
-        self._stored, self._view, self._count = stored, view, count
-        self._needs = [np.unique(rows // RUN_ROWS).tolist() for rows in shares] if stored else [[] for _ in shares]
-        self._uses: dict[int, int] = {}
-        for needed in self._needs:
-            for run in needed:
-                self._uses[run] = self._uses.get(run, 0) + 1
-        self._futures: dict[int, Future[dict[str, dict[str, NDArray[np.generic]]]]] = {}
-        self._requested = 0
-
-    def request(self, pool: ThreadPoolExecutor, until: int) -> None:
-        """Start reading what the batches before number ``until`` need."""
-        while self._requested < min(until, len(self._needs)):
-            for run in self._needs[self._requested]:
-                if run not in self._futures:
-                    self._futures[run] = pool.submit(self._read, run)
-            self._requested += 1
-
-    def _read(self, run: int) -> dict[str, dict[str, NDArray[np.generic]]]:
-        start, stop = run * RUN_ROWS, min((run + 1) * RUN_ROWS, self._count)
-        return {target.name: target.read(self._view, start, stop) for target in self._stored}
-
-    def gather(self, number: int, rows: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.generic]]]:
-        """Stored arrays of ``rows``, the ones of batch ``number``; forgets runs that no later batch needs."""
-        gathered = {target.name: target.empty(len(rows)) for target in self._stored}
-        of_run = rows // RUN_ROWS
-        for run in self._needs[number]:
-            places = np.flatnonzero(of_run == run)
-            for teacher, arrays in self._futures[run].result().items():
-                for name, value in arrays.items():
-                    gathered[teacher][name][places] = value[rows[places] - run * RUN_ROWS]
-            self._uses[run] -= 1
-            if not self._uses[run]:
-                del self._futures[run], self._uses[run]
-        return gathered
 
 
 def open_targets(

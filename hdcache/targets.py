@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hdcache.errors import InputNotFound, UsageError
-from hdcache.taps import Coded, TapName, Tokens, parse_tap, relation_of_qkv
+from hdcache.taps import Coded, TapName, Tokens, parse_tap, relation_of_parts, relation_of_qkv
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,31 @@ class Derivation:
     def derive(self, taps: Mapping[str, Tokens | Tensor | Coded]) -> dict[str, Tokens | Tensor]:
         """Targets from decoded taps, on the device where those are. Relations are float32 probabilities.
 
-        Of a tap that is still coded, Q, K and V follow in one product with the joined matrix.
+        Of a tap that is still coded, Q, K and V follow in one product each, with the joined matrix; those that are not
+        asked for are not computed.
         """
         found: dict[str, Tokens | Tensor] = {}
-        projected: dict[int, Tensor] = {}
+        parts: dict[tuple[str, str], Tensor] = {}
+        whole: dict[str, Tokens] = {}
         for target, source in self.plan.items():
-            asked, have = parse_tap(target), parse_tap(source)
             value = taps[source]
             if target == source:
                 found[target] = value.tokens() if isinstance(value, Coded) else value
                 continue
             assert not isinstance(value, Tensor)  # noqa: S101  # attn_in and qkv are token taps
+            asked, projected = parse_tap(target), parse_tap(source).what == "qkv"
+            if projected and isinstance(value, Coded):
+                value = whole[source] = whole.get(source) or value.tokens()
             block = self.attention[asked.block]
-            if asked.block not in projected:
-                if have.what == "attn_in":
-                    projected[asked.block] = block.qkv(value)
-                else:
-                    projected[asked.block] = (value.tokens() if isinstance(value, Coded) else value).sequence()
-            qkv = projected[asked.block]
+            for letter in "qkv" if asked.what == "qkv" else sorted(set(asked.kind)):
+                if (source, letter) not in parts:
+                    parts[source, letter] = block.project(value, letter, projected=projected)
+            mine = {letter: part for (tap, letter), part in parts.items() if tap == source}
             if asked.what == "qkv":
-                prefix = value.prefix.shape[1]
+                qkv, prefix = torch.cat([mine[letter] for letter in "qkv"], dim=-1), value.prefix.shape[1]
                 found[target] = Tokens(qkv[:, :prefix], qkv[:, prefix:])
             else:
-                found[target] = relation_of_qkv(block, qkv, asked.kind, asked.heads)
+                found[target] = relation_of_parts(block, mine, asked.kind, asked.heads)
         return found
 
 
@@ -72,7 +74,7 @@ class FrozenAttention(nn.Module):
         self.num_heads = int(facts["heads"])
         self.weight = weights[f"block{block}/qkv_weight"]
         self.bias = weights.get(f"block{block}/qkv_bias")
-        self._join: tuple[Tensor, Tensor, Tensor] | None = None
+        self._join: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.q_norm, self.k_norm = (self._norm(facts, f"block{block}/{part}_norm", weights) for part in "qk")
 
     @staticmethod
@@ -87,25 +89,35 @@ class FrozenAttention(nn.Module):
             return _FrozenNorm(weights.get(f"{key}_weight"), None, epsilon, centred=False)
         return _UnknownNorm(str(kind))
 
-    def qkv(self, value: Tokens | Coded) -> Tensor:
-        """[B, P + N, 3 D] of the block's ``attn_in``."""
+    def project(self, value: Tokens | Coded, letter: str, *, projected: bool) -> Tensor:
+        """Q, K or V, as ``letter`` says, [B, P + N, D]: of the block's ``attn_in``, or of its ``qkv`` (``projected``).
+
+        Each is a product of its own, so that what else is asked for changes none of its bits.
+        """
+        width = len(self.weight) // 3
+        part = slice(width * "qkv".index(letter), width * ("qkv".index(letter) + 1))
+        if projected:
+            assert isinstance(value, Tokens)  # noqa: S101  # decoded once for all three
+            return value.sequence()[..., part]
         if isinstance(value, Tokens):
-            return self._project(value.sequence())
-        weight, bias = self._joined(value)
-        patches = functional.linear(value.codes, weight, bias)
-        return torch.cat([self._project(value.prefix), patches], dim=1) if value.prefix.shape[1] else patches
+            return self._project(value.sequence(), part)
+        patches = functional.linear(value.codes, *self._joined(value, letter, part))
+        return torch.cat([self._project(value.prefix, part), patches], dim=1) if value.prefix.shape[1] else patches
 
-    def _project(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def _project(self, x: Tensor, part: slice) -> Tensor:
+        return functional.linear(
+            x, self.weight[part].to(x.dtype), None if self.bias is None else self.bias[part].to(x.dtype)
+        )
 
-    def _joined(self, value: Coded) -> tuple[Tensor, Tensor]:
+    def _joined(self, value: Coded, letter: str, part: slice) -> tuple[Tensor, Tensor]:
         """W (inverse z + mean) + b as one linear layer, made once: the product costs as much as a batch."""
-        if self._join is None or self._join[0] is not value.inverse:
-            whole = value.inverse.float(), value.mean.float()
-            weight, bias = self.weight @ whole[0].T, self.weight @ whole[1]
-            bias = bias if self.bias is None else bias + self.bias
-            self._join = value.inverse, weight.to(value.inverse.dtype), bias.to(value.inverse.dtype)
-        return self._join[1:]
+        held = self._join.get(letter)
+        if held is None or held[0] is not value.inverse:
+            inverse, mean = value.inverse.float(), value.mean.float()
+            weight, bias = self.weight[part] @ inverse.T, self.weight[part] @ mean
+            bias = bias if self.bias is None else bias + self.bias[part]
+            held = self._join[letter] = value.inverse, weight.to(value.inverse.dtype), bias.to(value.inverse.dtype)
+        return held[1:]
 
 
 class _FrozenNorm(nn.Module):

@@ -90,6 +90,9 @@ class Teacher:
             with torch.inference_mode(), self._precision():
                 found = forward_taps(self.backbone.model, normalize(part, self.card.preprocessing), taps, keep)
             pieces.append({name: _rows(value, count) for name, value in found.items()})
+        # A copy is no inference tensor, as which training could not use it.
+        if len(pieces) == 1 and torch.is_inference_mode_enabled():
+            return pieces[0]
         return {name: _join([piece[name] for piece in pieces]) for name in taps}
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -219,8 +219,8 @@ def check_input(spec: ViewSpec, wanted: Preprocessing, network: str, store: Path
     raise UsageError(f"{network} takes {takes}, but the views are {given}; {advice}")
 
 
-def render(image: Image.Image, box: Box, flip: bool, size: int, interpolation: str = "bicubic") -> NDArray[np.uint8]:
-    """The view's pixels as a network of input ``size`` sees them: uint8 [size, size, 3].
+def render(image: Image.Image, box: Box, flip: bool, size: int, interpolation: str = "bicubic") -> Image.Image:
+    """The view as a network of input ``size`` sees it: an image of size x size.
 
     Crops first and resizes then, as torchvision does, so no pixel outside ``box`` leaks in.
 
@@ -237,7 +237,7 @@ def render(image: Image.Image, box: Box, flip: bool, size: int, interpolation: s
         crop = crop.resize((size, size), _FILTERS[interpolation])
     if flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(crop)
+    return crop
 
 
 def fresh_view(epoch: int, slot: int, slots: int) -> int:

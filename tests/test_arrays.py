@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,6 @@ from hdcache import durable
 from hdcache.arrays import (
     ArrayReader,
     ShardWriter,
-    group_metadata,
-    read_attributes,
-    read_json,
     read_pipeline,
     write_constant,
 )
@@ -174,7 +173,7 @@ def test_the_rust_reader_is_used_where_it_is_installed(written: Written, monkeyp
     read_pipeline.cache_clear()
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(span=st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(sorted))
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_any_span_of_rows(pipeline: str, span: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -187,6 +186,64 @@ def test_any_span_of_rows(pipeline: str, span: list[int], tmp_path_factory: pyte
 def test_rows_outside_the_array(span: tuple[int, int], written: Written) -> None:
     with pytest.raises(IndexError, match=f"rows {span[0]} to {span[1]} of {ROWS}"):
         written.reader().rows(*span)
+
+
+@settings(max_examples=20, deadline=None)
+@given(span=st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(sorted), data=st.data())
+@pytest.mark.parametrize("pipeline", [None, *PIPELINES])
+@pytest.mark.parametrize("codec", [True, False])
+def test_rows_are_copied_to_where_they_are_wanted(
+    codec: bool, pipeline: str | None, span: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Straight from the shards or through zarr: each row in the place that was given for it, no other place touched."""
+    root = tmp_path_factory.mktemp("copied")
+    made, (start, stop) = Written(root, codec=codec), span
+    if start == stop:
+        with pytest.raises(IndexError, match=f"rows {start} to {stop} of {ROWS}"):
+            made.reader(pipeline).copy_rows(start, stop, [])
+        return
+    order = data.draw(st.permutations(range(stop - start)))
+    wanted = data.draw(st.lists(st.booleans(), min_size=stop - start, max_size=stop - start))
+    found = np.full((stop - start, *made.row), 77, made.dtype)
+    reader = made.reader(pipeline)
+    reader.copy_rows(start, stop, [found[place] if keep else None for place, keep in zip(order, wanted, strict=True)])
+    for row, place, keep in zip(range(start, stop), order, wanted, strict=True):
+        same(found[place], made.values[row] if keep else np.full(made.row, 77, made.dtype))
+
+
+def test_zarr_reads_what_is_laid_out_otherwise(tmp_path: Path) -> None:
+    """An array of core codecs that this project does not write."""
+    values = numbers("int16", ROWS, 3)
+    zarr.create_array(
+        tmp_path / "a", data=values, chunks=(CHUNK, 3), shards=(SHARD, 3), compressors=[zarr.codecs.GzipCodec()],
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )  # fmt: skip
+    listed = {
+        f"a/{path.name}": StoredObject(size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in (tmp_path / "a").iterdir()
+    }
+    reader = ArrayReader(tmp_path, "a", (ROWS, 3), "int16", listed, SHARD)
+    assert reader._layout is None
+    found = np.zeros_like(values)
+    reader.copy_rows(0, ROWS, list(found))
+    same(found, values)
+
+
+def test_a_shard_is_proved_once_whatever_the_threads(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests, real = [], hashlib.file_digest
+
+    def slow(file: Any, kind: str) -> Any:
+        digests.append(file.name)
+        time.sleep(0.01)
+        return real(file, kind)
+
+    reader = written.reader()
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    into = [[np.empty(written.row, written.dtype)] for _ in range(ROWS)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: reader.copy_rows(row, row + 1, into[row]), range(ROWS)))
+    assert sorted(digests) == sorted(map(str, written.files))
+    same(np.stack([one[0] for one in into]), written.values)
 
 
 def remove(path: Path) -> None:
@@ -205,7 +262,19 @@ def lengthen(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+def read(reader: ArrayReader, how: str, start: int, stop: int) -> NDArray[Any]:
+    """The rows, by either way of a reader."""
+    if how == "rows":
+        return reader.rows(start, stop)
+    found = np.empty((stop - start, 3, 5), np.int8)
+    reader.copy_rows(start, stop, list(found))
+    return found
+
+
+WAYS = [("zarr", "rows"), ("zarrs", "rows"), (None, "copied")]
+
+
+@pytest.mark.parametrize(("pipeline", "how"), WAYS)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -219,20 +288,22 @@ def lengthen(path: Path) -> None:
     ids=["missing", "empty", "third", "most", "last byte", "longer"],
 )
 def test_missing_and_short_objects(
-    pipeline: str, damage: Callable[[Path], None], message: str, written: Written
+    pipeline: str | None, how: str, damage: Callable[[Path], None], message: str, written: Written
 ) -> None:
     """The damaged shard is refused by name; its neighbours still read."""
     reader = written.reader(pipeline)
     damage(written.files[1])
     with pytest.raises(StoreCorrupt, match=message):
-        reader.rows(6, 18)
-    same(reader.rows(0, 8), written.values[:8])
-    same(reader.rows(16, 20), written.values[16:])
+        read(reader, how, 6, 18)
+    same(read(reader, how, 0, 8), written.values[:8])
+    same(read(reader, how, 16, 20), written.values[16:])
 
 
 @pytest.mark.parametrize(("dtype", "codec"), [("int8", True), ("float32", False)])
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_flipped_bits_are_caught_while_reading(pipeline: str, dtype: str, codec: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pipeline", "how"), WAYS)
+def test_flipped_bits_are_caught_while_reading(
+    pipeline: str | None, how: str, dtype: str, codec: bool, tmp_path: Path
+) -> None:
     """200 single flipped bits anywhere in a shard that was proved before: an error each time, from its checksums."""
     made = Written(tmp_path, dtype, codec)
     reader, path = made.reader(pipeline), made.files[0]
@@ -243,18 +314,18 @@ def test_flipped_bits_are_caught_while_reading(pipeline: str, dtype: str, codec:
         broken[place // 8] ^= 1 << place % 8
         path.write_bytes(broken)
         with pytest.raises(StoreCorrupt, match="rows 0 to 8 cannot be decoded"):
-            reader.rows(0, SHARD)
+            read(reader, how, 0, SHARD)
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_a_sibling_of_equal_size_is_refused(pipeline: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pipeline", "how"), WAYS)
+def test_a_sibling_of_equal_size_is_refused(pipeline: str | None, how: str, tmp_path: Path) -> None:
     """Size and checksums are those of a shard; the sha256 that is compared when it is first read is another's."""
     made = Written(tmp_path, "float32", codec=False)
     made.files[0].write_bytes(made.files[1].read_bytes())
     assert made.listed["a/c.0.0.0"].size == made.files[0].stat().st_size
     reader = made.reader(pipeline)
     with pytest.raises(StoreCorrupt, match=r"c\.0\.0\.0: sha256 .*, expected .*; run 'hdcache verify'"):
-        reader.rows(0, 8)
+        read(reader, how, 0, 8)
     same(reader.rows(8, 16), made.values[8:16])
 
 
@@ -387,35 +458,6 @@ def test_wrong_expectations_are_refused(written: Written) -> None:
     for changes in ({"shape": (21, 3, 5)}, {"dtype": "uint8"}, {"shard": 4}, {"shard": None}):
         with pytest.raises(StoreCorrupt, match="store's"):
             written.reader(**changes)
-
-
-# Small records
-
-
-def test_records_that_are_not_there_or_no_json(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    with pytest.raises(StoreCorrupt, match=r"r\.json: missing"):
-        read_json(path)
-    for data in (b"", b"{", b"\xff\xfe", b'{"a": NaN}', b"[-Infinity]", b"[" * 100_000, b"9" * 5000):
-        path.write_bytes(data)
-        with pytest.raises(StoreCorrupt, match=r"r\.json: not valid JSON"):
-            read_json(path)
-    with pytest.raises(StoreCorrupt, match=r"cannot be read \(Is a directory\)"):
-        read_json(tmp_path)
-    with open(path, "wb") as file:
-        file.truncate(300 << 20)
-    with pytest.raises(StoreCorrupt, match="314572800 bytes is too large for a record"):
-        read_json(path)
-
-
-def test_attributes_of_groups(tmp_path: Path) -> None:
-    path = tmp_path / "zarr.json"
-    durable_write(path, group_metadata({"a": "ü"}))
-    assert read_attributes(path) == {"a": "ü"}
-    assert dict(zarr.open_group(tmp_path, mode="r").attrs) == {"hdcache": {"a": "ü"}}
-    for data in (b"[]", b"3", b"{}", b'{"attributes": []}', b'{"attributes": {"b": 1}}'):
-        path.write_bytes(data)
-        assert read_attributes(path) is None
 
 
 # Durable files

@@ -145,7 +145,7 @@ def own_attention(backbone: Backbone, dataset: Dataset, sample_id: str, block: i
     assert isinstance(model, VisionTransformer)
     picture: Any = dataset.read(sample_id)
     image = decode(picture)
-    pixels = render(image, center_box(*image.size, 0.875), False, 24, "bicubic")
+    pixels = np.asarray(render(image, center_box(*image.size, 0.875), False, 24, "bicubic"))
     attention: Any = model.blocks[block - 1].attn
     seen: list[torch.Tensor] = []
     fused, attention.fused_attn = attention.fused_attn, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,29 @@ def test_sizes_are_of_every_encoding_and_layout(images: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_extraction_is_measured_beside_the_bare_forward(images: Path, tmp_path: Path) -> None:
+    few = [
+        "--rows=64",
+        "--rows-per-shard=16",
+        "--bare-rows=32",
+        "--shards=3",
+        "--repeats=1",
+        "--batch=8",
+        "--device=cpu",
+    ]
+    printed = call("extract.py", f"--train={images / 'train'}", f"--teacher=t={TEACHER}", *few, f"--out={tmp_path}")
+    lines = json.loads((tmp_path / "extract.json").read_text())["lines"]
+    assert len(lines) == 8
+    assert sum(line.startswith("| ") and " + " in line for line in printed.splitlines()) == 3 * 5
+    for line in lines:
+        assert line["ratio"] == line["steady"] / line["bare"]
+        assert set(line["alone"]) == {"decode", "forward", "copy to the host", "encode", "compress", "write, fsync"}
+        assert all(seconds > 0 for stage, seconds in line["alone"].items() if stage != "copy to the host")
+    half = next(line for line in lines if line["variant"] == "final, fp16")
+    assert half["bytes"] == pytest.approx(2 * 65 * 48, rel=0.1)
+
+
+@pytest.mark.slow
 def test_memory_prints_one_line_for_each_kind_of_run(images: Path, tmp_path: Path) -> None:
     student = '{"img_size":64,"patch_size":8,"embed_dim":48,"depth":3,"num_heads":3}'
     printed = call(
@@ -154,3 +178,149 @@ def test_memory_prints_one_line_for_each_kind_of_run(images: Path, tmp_path: Pat
     assert [line.split(" | ")[0] for line in lines[1:]] == ["| store", "| online", "| alone"]
     found = json.loads((tmp_path / "out" / "memory.json").read_text())["best"]
     assert all(kind["rss"] > 10**8 for kind in found.values())
+
+
+@pytest.mark.slow
+def test_students_are_timed_together_and_apart(tmp_path: Path) -> None:
+    printed = call("students.py", "--quick", "--images=64", "--batch-size=16", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "students.json").read_text())["lines"]
+    assert [(line["source"], line["students"]) for line in found] == [
+        (s, n) for s in ("store", "online") for n in (1, 2, 4)
+    ]
+    for line in found:
+        assert line["samples"] == 64
+        for kind in ("together", "apart"):
+            assert line[kind] == pytest.approx(64 * line["students"] / line["runs"][kind][0]["seconds"])
+    assert len(printed.splitlines()) == 2 + len(found)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_decoders_and_reading_are_compared(tmp_path: Path) -> None:
+    printed = call("decode.py", "--count=6", "--repeats=1", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "decode.json").read_text())
+    kinds = found["decoders"]
+    assert list(kinds) == ["JPEG, as it came", "JPEG, shorter side 256", "PNG, 64 px"]
+    assert all(rows["Pillow (ours)"]["differs"] == 0 for rows in kinds.values())
+    assert found["encodings"]["PNG"]["error"] == 0 < found["encodings"]["JPEG 95 4:4:4 (ours)"]["error"]
+    assert found["reading"]["store (ours)"].keys() - found["reading"]["files"].keys() == {"made"}
+    assert printed.count("\n| ") == 5 + sum(map(len, kinds.values())) + len(found["encodings"]) + 2
+    assert [path.name for path in tmp_path.iterdir()] == ["decode.json"]
+
+
+@pytest.mark.slow
+def test_sizes_have_a_quick_form(tmp_path: Path) -> None:
+    printed = call("size.py", "--quick", f"--out={tmp_path}")
+    assert len(printed.splitlines()) == 2 + len(json.loads((tmp_path / "size.json").read_text())["lines"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen processes, each of which loads torch
+def test_scale_measures_every_step_of_every_size(tmp_path: Path) -> None:
+    printed = call("scale.py", "--rows", 64, 512, "--read-rows=600", "--repeats=1", f"--out={tmp_path / 'out'}")
+    found = json.loads((tmp_path / "out" / "scale.json").read_text())
+    assert printed.splitlines()[0] == "| | 64 rows | 512 rows |"
+    assert len(printed.splitlines()) == 2 + len(found["lines"]["64"])
+    for rows, steps in found["steps"].items():
+        assert {step: len(runs) for step, runs in steps.items()} == {
+            "data": 1, "build": 1, "open": 1, "epoch": 1, "verify": 1, "info": 1, "rerun": 1
+        }  # fmt: skip
+        assert all(
+            run["peak"] >= run.get("begun", 0) > 10**7 for runs in steps.values() for run in runs if "begun" in run
+        )
+        line, build = found["lines"][rows], steps["build"][0]
+        assert line["build: us a row"] == pytest.approx(1e6 * build["writing"] / int(rows))
+        assert line["build: peak, MB"] == build["peak"] / 1e6
+        assert steps["rerun"][0]["bytes"] == build["bytes"] > 0
+    first, last = (found["lines"][rows]["read: peak, MB"] for rows in ("64", "512"))
+    assert f"(+{1e6 * (last - first) / 448:.0f} bytes a row)" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_startup_times_commands_beside_libraries(tmp_path: Path) -> None:
+    printed = call("startup.py", "--repeats=1", f"--out={tmp_path / 'out'}")
+    found = json.loads((tmp_path / "out" / "startup.json").read_text())["medians"]
+    assert {"python -c pass", "hdcache --help", "hdcache info STORE", "import torch"} <= found.keys()
+    assert len(printed.splitlines()) == 2 + len(found)
+    assert found["hdcache --help"]["peak"] < found["import zarr"]["peak"] < found["import torch"]["peak"]
+
+
+@pytest.mark.slow
+def test_all_knn_contenders_predict_the_same(tmp_path: Path) -> None:
+    few = ["--bank=1200", "--queries=150", "--classes=20", "--repeats=1"]
+    printed = call("knn.py", *few, f"--out={tmp_path / 'out'}")
+    found = json.loads((tmp_path / "out" / "knn.json").read_text())["lines"]
+    assert {"hdcache", "DINO's function", "scikit-learn, brute", "FAISS, search alone"} <= found.keys()
+    assert len(printed.splitlines()) == 2 + len(found)
+    chance, scores = 100 / 20, {name: line["top1"]["200"] for name, line in found.items() if "top1" in line}
+    assert all(score > 5 * chance for score in scores.values())
+    assert found["hdcache"]["agrees"] == 100
+    # Sums of votes are added up in another order, in less precision.
+    assert all(line["agrees"] > 99 for line in found.values() if "agrees" in line)
+    assert all(line["peak"] > 10**7 for line in found.values())
+
+
+@pytest.mark.slow
+def test_workers_are_timed_beside_one_process(tmp_path: Path) -> None:
+    teacher = f"--teacher=t={TEACHER}"
+    few = ["--images=96", "--rows-per-shard=4", "--repeats=1", teacher]
+    printed = call("workers.py", *few, f"--out={tmp_path}")
+    found = json.loads((tmp_path / "workers.json").read_text())
+    assert list(found["lines"]) == ["inline", "1 worker", "2 workers"]
+    assert found["lines"]["inline"]["inline"] == found["lines"]["1 worker"]["one"] == 1
+    for name, line in found["lines"].items():
+        assert line["rate"] == found["rounds"][0][name]["rate"] > 96 / found["rounds"][0][name]["seconds"]
+    assert len(printed.splitlines()) == 2 + 3
+    assert [path.name for path in tmp_path.iterdir()] == ["workers.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_loader_is_timed_beside_layouts_and_limits(tmp_path: Path) -> None:
+    """Peers that are not installed are named; all others read the same rows."""
+    printed = call("loader.py", "--quick", "--rows=128", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "loader.json").read_text())
+    lines = {
+        line["name"].partition(",")[0] if line["kind"] == "peer" else line["name"]: line for line in found["lines"]
+    }
+    assert found["shape"] == [257, 384]
+    codes = lines["ours, codes on the host"]
+    assert codes["codes_to_it"] == 1
+    assert lines["one .pt a sample"]["bytes_a_sample"] > 257 * 384 * 2 > 3 * codes["bytes_a_sample"]
+    limits = [line for line in found["lines"] if line["kind"] == "limit"]
+    assert [line["bytes_a_sample"] for line in limits[:3]] == [codes["bytes_a_sample"]] * 3
+    for line in found["lines"]:
+        assert line["codes_to_it"] == pytest.approx(codes["samples_per_second"] / line["samples_per_second"])
+        assert line["samples_per_second"] == max(line["rounds"])
+        assert (line["cold"] is None) == (line["kind"] == "limit" and "np.memmap" not in line["name"])
+    absent = [name for name in ("webdataset", "streaming", "litdata", "h5py") if f"({name})" in str(found["absent"])]
+    assert ("Not installed" in printed) == bool(absent)
+    assert len(found["lines"]) + len(found["absent"]) == 14
+    assert printed.count("\n| ") == len(found["lines"])
+
+
+@pytest.mark.slow
+def test_an_epoch_is_timed_beside_ram_and_live_teachers(tmp_path: Path) -> None:
+    """All lines of one number of teachers end in the same loss: they saw the same targets, to the bit of their encoding."""
+    printed = call("epoch.py", "--quick", "--quick-images=64", "--batch-size=16", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "epoch.json").read_text())
+    assert [(line["teachers"], line["kind"]) for line in found["lines"]] == [
+        (teachers, kind) for teachers in ("one", "two") for kind in ("store", "in RAM", "online")
+    ]
+    assert printed.count("\n| ") == 6
+    for teachers, kinds in found["runs"].items():
+        losses = {kind: runs[0]["loss"] for kind, runs in kinds.items()}
+        assert losses["store"] == pytest.approx(losses["in RAM"], rel=1e-5)
+        assert losses["store"] == pytest.approx(losses["online"], rel=0.05)
+        assert [runs[0]["online"] for runs in kinds.values()] == [False, False, True]
+        ideal = {line["ideal"] for line in found["lines"] if line["teachers"] == teachers}
+        assert len(ideal) == 1 < min(ideal) + 1
+
+
+def test_make_bench_runs_every_script_that_has_a_quick_form() -> None:
+    makefile = (SCRIPTS.parent / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"^BENCHMARKS := (.*)$", makefile, re.MULTILINE)
+    assert listed is not None
+    quick = sorted(path.stem for path in SCRIPTS.glob("*.py") if '"--quick"' in path.read_text(encoding="utf-8"))
+    assert listed[1].split() == quick, "the list of quick benchmarks in the Makefile"

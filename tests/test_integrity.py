@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hdcache.arrays import ArrayReader
 from hdcache.errors import HdcacheError, StoreCorrupt
-from hdcache.integrity import Ledger, listed_bytes, teacher_ledger, verify, view_ledger
+from hdcache.integrity import Ledger, teacher_ledger, verify, view_ledger
 from hdcache.records import canonical_json
 from hdcache.schema import Receipt, StoredObject
 from hdcache.store import Store
@@ -47,9 +47,11 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 def test_the_bytes_to_read_are_those_that_are_counted(sealed_store: Path) -> None:
     """What several seals list is read once, and what no seal lists yet is read too."""
     for _ in range(2):
-        store, steps = Store.open(sealed_store), list[int]()
-        found = verify(store, progress=steps.append)
-        assert sum(steps) == listed_bytes(store) == found.bytes
+        store, steps = Store.open(sealed_store), list[tuple[int, int]]()
+        found = verify(store, progress=lambda *both, steps=steps: steps.append(both))
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+        assert steps[-1] == (found.bytes, found.bytes)
+        assert {total for _, total in steps} == {found.bytes}
         teacher_ledger(store, "t", 0).unseal()
 
 
@@ -175,12 +177,13 @@ def test_a_seal_covers_the_records_it_rests_on(sealed_store: Path) -> None:
 def test_a_good_store(sealed_store: Path) -> None:
     """Every listed object is met once, its bytes are counted, and progress adds up to them."""
     store = Store.open(sealed_store)
-    steps: list[int] = []
-    found = verify(store, progress=steps.append)
+    steps: list[tuple[int, int]] = []
+    found = verify(store, progress=lambda done, total: steps.append((done, total)))
     assert found.good
     assert (found.faults, found.unsealed, found.unlisted) == ([], [], [])
     assert found.objects == len(steps)
-    assert found.bytes == sum(steps) > 0
+    assert steps[-1] == (found.bytes, found.bytes)
+    assert found.bytes > 0
     assert verify(store, quick=True) == found
 
 
@@ -261,6 +264,7 @@ def test_an_unsealed_ledger_is_checked_by_its_receipts(sealed_store: Path) -> No
         (f"{ROWS}/manifest.json", lambda m: m["failed"].update({"3": "x"}), "failed rows or saturated values differ"),
         (f"{ROWS}/manifest.json", lambda m: m.update(saturated=1), "failed rows or saturated values differ"),
         (f"{ROWS}/manifest.json", lambda m: m.update(rows=19), "19 rows, the store has 20 samples"),
+        (f"{ROWS}/manifest.json", lambda m: m.update(format=7), "format 7, the store has 1"),
         (f"{ROWS}/manifest.json", lambda m: m.update(view=1), "manifest.json: the seal of t/1"),
         (f"{ROWS}/manifest.json", lambda m: m.update(teacher="u"), "manifest.json: the seal of u/0"),
         (f"{ROWS}/manifest.json", lambda m: m.update(identity="0"), "seals another identity"),

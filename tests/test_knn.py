@@ -99,6 +99,24 @@ def test_nearly_collapsed_features_still_follow_the_rule() -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def test_ties_beyond_the_first_proposal_need_a_longer_one_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = mixture(1, 400)[0], mixture(2, 20)[0]
+    train[100:140] = test[0]  # forty equal neighbours of the first query, ten of them wanted
+    asked: list[tuple[int, int]] = []
+    search_faiss = knn._search_faiss
+
+    def counting(bank: Any, queries: Any, k: int, wanted: int) -> Any:
+        asked.append((len(queries), wanted))
+        return search_faiss(bank, queries, k, wanted)
+
+    monkeypatch.setattr(knn, "_search_faiss", counting)
+    monkeypatch.setattr(knn, "_search_exhaustively", None)
+    for found, expected in zip(search(train, test, 10), oracle(train, test, 10), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert [wanted for _, wanted in asked] == [10 + knn.SPARE, 10 + 4 * knn.SPARE + 5]
+    assert asked[0][0] == 20 > asked[1][0] > 0
+
+
 def test_a_zero_row_has_similarity_zero() -> None:
     train = np.array([[1.0, 0], [0, 0], [-1, 0], [0, 1]])
     similarities, indices = search(train, np.array([[0.0, 0], [3, 0]]), 4)

@@ -22,6 +22,7 @@ from hdcache.distill.live import (
     stored_teachers,
     teacher_cards,
     teacher_fields,
+    union,
 )
 from hdcache.distill.logits import Logits
 from hdcache.distill.objective import Objective
@@ -45,7 +46,7 @@ AMD: dict[str, Any] = {
 
 
 def test_a_store_alone_runs_nothing(tiny_store: Path, small_recipe: Callable[..., Recipe]) -> None:
-    cards, wanted, live = choose_teachers(small_recipe(), Store.open(tiny_store), [], CPU, online=False)
+    cards, (wanted,), live = choose_teachers([small_recipe()], Store.open(tiny_store), [], CPU, online=False)
     assert list(cards) == ["t"]
     assert wanted == {"t": ("block3.rel.qk", "block3.rel.vv")}
     assert live == {}
@@ -56,12 +57,12 @@ def test_a_store_s_teachers_run_from_where_they_came_or_from_where_they_are_said
 ) -> None:
     store = Store.open(tiny_store)
     for specs in ([], [f"t={tiny}"]):
-        cards, wanted, live = choose_teachers(small_recipe(), store, specs, CPU, online=True)
+        cards, (wanted,), live = choose_teachers([small_recipe()], store, specs, CPU, online=True)
         assert list(live) == ["t"]
         assert live["t"].card == cards["t"] == store.teacher("t").card
         assert live["t"].batch == 8, "that of extraction"
     with pytest.raises(UsageError, match=r"^--teacher u=\.\.\.: this run reads t of "):
-        choose_teachers(small_recipe(), store, [f"u={tiny}"], CPU, online=True)
+        choose_teachers([small_recipe()], store, [f"u={tiny}"], CPU, online=True)
     with pytest.raises(StoreMismatch, match="is not the network that the store was made with"):
         stored_teachers(store, wanted, [f"t={tiny}&seed=1"], CPU)
     with pytest.raises(UsageError, match="this run reads no teacher of"):
@@ -69,12 +70,39 @@ def test_a_store_s_teachers_run_from_where_they_came_or_from_where_they_are_said
 
 
 def test_without_a_store_teachers_are_those_that_are_named(tiny: str, small_recipe: Callable[..., Recipe]) -> None:
-    cards, wanted, live = choose_teachers(small_recipe(), None, [f"a={tiny}"], CPU, online=True)
+    cards, (wanted,), live = choose_teachers([small_recipe()], None, [f"a={tiny}"], CPU, online=True)
     assert cards == teacher_cards(None, live)
     assert (list(live), list(wanted)) == (["a"], ["a"])
     assert live["a"].card.classes == 0
     with pytest.raises(UsageError, match="--online without a store needs the teachers: --teacher NAME=SPEC"):
-        choose_teachers(small_recipe(), None, [], CPU, online=True)
+        choose_teachers([small_recipe()], None, [], CPU, online=True)
+
+
+def test_students_that_train_together_share_their_teachers(
+    tiny: str, tiny_store: Path, small_recipe: Callable[..., Recipe]
+) -> None:
+    """One network for all that read it; one that reads none beside them is no reason to refuse."""
+    recipes = [small_recipe(), small_recipe(objective__strategy="feature"), small_recipe("supervised-tiny")]
+    specs = [f"t={tiny}"]
+    for store in (None, Store.open(tiny_store)):
+        _, wanted, live = choose_teachers(recipes, store, specs, CPU, online=True)
+        assert wanted == [{"t": ("block3.rel.qk", "block3.rel.vv")}, {"t": ("block3.out",)}, {}]
+        assert list(live) == ["t"]
+    assert union(wanted) == {"t": ("block3.rel.qk", "block3.rel.vv", "block3.out")}
+    assert union([{}, {"a": ("x", "y"), "b": ("z",)}, {"a": ("y", "w")}]) == {"a": ("x", "y", "w"), "b": ("z",)}
+
+
+def test_a_teacher_with_its_classifier_is_another_one(tiny: str, small_recipe: Callable[..., Recipe]) -> None:
+    """Weights that are drawn, and the card, are not those of the teacher without one."""
+    features, logits = small_recipe(objective__teacher="t"), small_recipe("logits-tiny", objective__teacher="t")
+    spec = f"{tiny}&num_classes=3"
+    message = "^recipe 'logits-tiny' reads the classifier of teacher 't', without which 'tinymim-tiny' reads it; name it twice "
+    with pytest.raises(UsageError, match=message):
+        choose_teachers([features, logits], None, [f"t={spec}"], CPU, online=True)
+    other = small_recipe("logits-tiny", objective__teacher="t-2")
+    specs = [f"t={spec}", f"t-2={spec}"]
+    _, _, live = choose_teachers([features, other, other], None, specs, CPU, online=True)
+    assert {name: teacher.card.classes for name, teacher in live.items()} == {"t": 0, "t-2": 3}
 
 
 def test_targets_that_nobody_can_give_are_refused(small_recipe: Callable[..., Recipe]) -> None:
@@ -85,7 +113,7 @@ def test_targets_that_nobody_can_give_are_refused(small_recipe: Callable[..., Re
     recipe = small_recipe().model_copy(update={"objective": Wanting()})
     message = "^recipe 'tinymim-tiny' reads teacher targets; give --store STORE, or --online with --teacher NAME=SPEC$"
     with pytest.raises(UsageError, match=message):
-        choose_teachers(recipe, None, [], CPU, online=False)
+        choose_teachers([recipe], None, [], CPU, online=False)
 
 
 def test_a_classifier_is_loaded_where_a_target_needs_it(tiny: str) -> None:
@@ -100,8 +128,8 @@ def test_teachers_that_nobody_reads_are_refused(name: str, tiny: str, tiny_store
     for store in (None, Store.open(tiny_store)):
         message = f"^recipe '{name}' reads no teacher, so none can run in the loop; leave --online and --teacher out$"
         with pytest.raises(UsageError, match=message):
-            choose_teachers(get_recipe(name), store, [f"a={tiny}"], CPU, online=True)
-        assert choose_teachers(get_recipe(name), store, [], CPU, online=False)[1:] == ({}, {})
+            choose_teachers([get_recipe(name)], store, [f"a={tiny}"], CPU, online=True)
+        assert choose_teachers([get_recipe(name)], store, [], CPU, online=False)[1:] == ([{}], {})
 
 
 # The commands in messages
@@ -246,7 +274,9 @@ def test_a_teacher_that_the_store_lacks_is_named_with_the_command(
 
 def test_a_mask_is_for_teachers_without_a_store(tiny: str) -> None:
     recipe = get_recipe("amd-image-tiny", AMD)
-    cards, wanted, live = choose_teachers(recipe, None, [f"a={tiny}"], CPU, online=True, mask="random:0.5", mask_seed=4)
+    cards, (wanted,), live = choose_teachers(
+        [recipe], None, [f"a={tiny}"], CPU, online=True, mask="random:0.5", mask_seed=4
+    )
     assert cards["a"].mask == live["a"].card.mask == MaskSpec(kind="random", ratio=0.5, seed=4)
     assert wanted == {"a": ("block3.out",)}
 

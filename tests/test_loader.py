@@ -30,11 +30,13 @@ from hdcache.options import Options
 from hdcache.order import rank_slice
 from hdcache.photometric import Photometric
 from hdcache.reader import read_geometry
+from hdcache.runs import Runs
 from hdcache.samples import open_views
 from hdcache.schema import Manifest, Preprocessing, ViewSpec
+from hdcache.stages import STAGES
 from hdcache.store import Store
 from hdcache.taps import Tokens
-from hdcache.target_sources import Runs, open_targets
+from hdcache.target_sources import open_targets
 from hdcache.teachers import reload_teacher
 from hdcache.views import fresh_view, render
 
@@ -112,7 +114,7 @@ def view_of(root: Path, sample_id: str, view: int, size: int) -> np.ndarray:
     (row,) = np.flatnonzero(geometry[:, 0] == store.ids.index(sample_id))
     _, left, top, width, height, flip, *_ = (int(number) for number in geometry[row])
     image = Image.open(root / "data" / sample_id).convert("RGB")
-    return render(image, (left, top, width, height), bool(flip), size).transpose(2, 0, 1).copy()
+    return np.asarray(render(image, (left, top, width, height), bool(flip), size)).transpose(2, 0, 1).copy()
 
 
 # Which rows, and in which order
@@ -292,6 +294,70 @@ def test_a_fresh_view_is_drawn_for_the_epoch_and_the_sample(holed: Path) -> None
         assert batch.more == ()
 
 
+def test_targets_come_alone_where_no_images_are_wanted(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows, order, labels and targets are those of a loader that opens images; none is opened."""
+    with_images = list(make(holed).epoch(1))
+    monkeypatch.setattr("hdcache.rendering.open_views", None)
+    alone = list(make(holed, images=False, pieces=2).epoch(1))
+    assert [name for batch in alone for name in batch.ids] == flat(with_images)
+    assert all(batch.images.shape == (len(batch.ids), 0) and batch.more == () for batch in alone)
+    joined = [torch.cat(values) for values in zip(*(tensors(batch)[1:] for batch in alone), strict=True)]
+    expected = [torch.cat(values) for values in zip(*(tensors(batch)[1:] for batch in with_images), strict=True)]
+    for value, other in zip(joined, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_needs_images_is_refused_without_them(holed: Path) -> None:
+    store = Store.open(holed / "s")
+    _, live = open_targets(store, WANTED, live={"t": reload_teacher(store.teacher("t"))})
+    options = Options(batch_size=8, preprocessing=SHOWN, images=False)
+    with pytest.raises(UsageError, match=r"images=False is for stored targets: fresh views and teachers in the loop"):
+        Loader(open_data(holed), options, views=store.card.views, store=store, live=live, teachers=["t"])
+    with pytest.raises(UsageError, match="images=False is for stored targets"):
+        make(holed, images=False, fresh=1)
+
+
+def test_host_batches_are_what_is_stored(holed: Path) -> None:
+    """The same rows as of the finished batches, with the arrays as the reader gives them."""
+    loader = make(holed)
+    reader = loader.stored[0].reader
+    rows = loader.order(0)
+    taken = 0
+    for ready, batch in zip(loader.host_batches(0), loader.epoch(0), strict=True):
+        assert ready.ids == batch.ids
+        for place in range(len(ready.ids)):
+            row = int(rows[taken + place])
+            stored = reader.rows(0, "final", row, row + 1)
+            for name, value in stored.items():
+                assert np.array_equal(ready.arrays["t"][f"final/{name}"][place].numpy(), value[0])
+        taken += len(ready.ids)
+    assert taken == 42
+
+
+def test_batches_that_are_kept_stay_as_they_were(holed: Path) -> None:
+    """Memory is used again, but not while a batch that was given out refers to it."""
+    loader = make(holed)
+    kept = list(loader.epoch(0))
+    copies = [[value.clone() for value in tensors(batch)] for batch in kept]
+    for _ in loader.epoch(1):
+        pass
+    assert all(all(map(torch.equal, tensors(batch), copy)) for batch, copy in zip(kept, copies, strict=True))
+
+
+def test_time_is_told_by_stage(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make(holed)
+    assert loader.stages == dict.fromkeys(STAGES, 0.0)
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.005)
+        return open_views(*arguments)
+
+    monkeypatch.setattr("hdcache.rendering.open_views", slow)
+    list(loader.epoch(0))
+    assert all(seconds > 0 for seconds in loader.stages.values())
+    assert loader.stages["images"] >= 42 * 0.005
+
+
 def test_without_targets_a_store_still_gives_its_views(holed: Path) -> None:
     """A baseline sees the pixels, rows and order of a student that reads targets: nothing else may set them apart."""
     plain, reading = make(holed, {}), make(holed)
@@ -452,13 +518,14 @@ def test_a_failing_read_reaches_the_consumer_and_ends_the_threads(holed: Path, m
 
 def test_runs_in_memory_are_bounded_by_the_buffer(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are forgotten after their last use: never more at a time than two buffers touch, none at the end."""
-    monkeypatch.setattr("hdcache.target_sources.RUN_ROWS", 2)
+    monkeypatch.setattr("hdcache.runs.RUN_ROWS", 2)
     monkeypatch.setattr(loader_module, "RUN_ROWS", 2)
-    held, last = [], []
+    held, rows, last = [], [], []
     gather = Runs.gather
 
     def watch(self: Runs, *arguments: Any) -> Any:
         held.append(len(self._futures))
+        rows.append(4 * len(self._buffers))
         last[:] = [self]
         return gather(self, *arguments)
 
@@ -469,7 +536,9 @@ def test_runs_in_memory_are_bounded_by_the_buffer(tiny_store: Path, monkeypatch:
     dataset = open_dataset(store.card.dataset.spec)
     assert len(list(Loader(dataset, options, views=store.card.views, store=store, stored=stored).epoch(0))) == 16
     assert max(held) <= 2 * 8 // 2 + 4 < 32
+    assert max(rows) <= 2 * 8 + 4
     assert not last[0]._futures
+    assert not last[0]._buffers
 
 
 def test_waiting_is_counted(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,7 +422,7 @@ def test_a_mask_of_another_number_of_tokens_is_corrupt(root: Path) -> None:
         reader.unpacked(packed)
     stored = StoredTargets(reader, ["final"], torch.device("cpu"), torch.float32)
     with pytest.raises(StoreCorrupt, match=message):
-        stored.visible({MASK_ARRAY: packed})
+        stored.visible({MASK_ARRAY: torch.from_numpy(packed)})
 
 
 def test_a_tube_mask_that_is_no_tube_is_corrupt(tmp_path: Path) -> None:

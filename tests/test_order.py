@@ -32,6 +32,19 @@ def test_every_row_comes_once(count: int, batch: int, run: int, buffer: int, hol
     )
 
 
+@settings(max_examples=60)
+@given(**small, pieces=st.sampled_from([1, 50, 1 << 20]))
+def test_how_much_is_permuted_at_a_time_changes_nothing(
+    count: int, batch: int, run: int, buffer: int, pieces: int
+) -> None:
+    rows = np.arange(count, dtype=np.int64)
+    whole = epoch_order(rows, batch, run_rows=run, buffer_rows=buffer, seed=0, epoch=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hdcache.order.PIECE_ROWS", pieces)
+        cut = epoch_order(rows, batch, run_rows=run, buffer_rows=buffer, seed=0, epoch=0)
+    np.testing.assert_array_equal(whole, cut)
+
+
 def test_an_order_that_no_release_may_change() -> None:
     """A run that is resumed with a later release goes on where it was."""
     order = epoch_order(np.arange(24), 4, run_rows=4, buffer_rows=8, seed=0, epoch=1)

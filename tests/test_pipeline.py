@@ -20,14 +20,16 @@ from hdcache.durable import durable_write
 from hdcache.encodings import request
 from hdcache.errors import InputNotFound, Interrupted, StoreMismatch, TooManyFailures, UsageError
 from hdcache.extract.calibrate import calibrate, write_record
+from hdcache.extract.lanes import Lanes
 from hdcache.extract.opening import open_or_create
-from hdcache.extract.pipeline import Pipeline, Timing, decode_row, finite_rows, shard_rows
+from hdcache.extract.pipeline import Pipeline, Timing
+from hdcache.extract.rows import decode_row, order_of, shard_rows
 from hdcache.extract.writer import Row, ViewWriter
 from hdcache.integrity import view_ledger
 from hdcache.schema import ArrayCard, Preprocessing, Receipt
 from hdcache.store import Store
 from hdcache.taps import Tokens
-from hdcache.teachers import Teacher, load_teacher
+from hdcache.teachers import Teacher, batches, load_teacher
 from hdcache.views import row_order
 
 PREPROCESSING = Preprocessing(size=32)
@@ -35,6 +37,21 @@ PREPROCESSING = Preprocessing(size=32)
 
 def ignore(rows: int, timing: Timing) -> None:
     """No progress bar."""
+
+
+def forwarded(pipeline: Pipeline, writer: ViewWriter, shard: int, rows: list[Row]) -> tuple[Any, dict[int, str], int]:
+    """What :meth:`Pipeline.run` makes of a shard's rows, short of writing it."""
+    with Lanes(pipeline.teacher, 1) as lanes:
+        encoded = [
+            lanes.run(
+                [row.pixels for row in rows[span]],
+                [pipeline.store.ids[row.sample] for row in rows[span]],
+                0,
+                writer.encoders,
+            )
+            for span in batches(len(rows), pipeline.teacher.batch)
+        ]
+    return pipeline._joined(writer, shard, rows, [row.pixels is not None for row in rows], encoded)
 
 
 @pytest.fixture
@@ -115,10 +132,10 @@ def test_a_process_that_allows_truncated_images_is_refused_not_recorded(
 
 def test_a_row_keeps_its_place_beside_a_failed_one(pipeline: Pipeline, writer: ViewWriter, folder: Path) -> None:
     rows = [decode_row(pipeline.store, pipeline.dataset, PREPROCESSING, 0, sample) for sample in range(8)]
-    whole, none, _ = pipeline._forward(writer, 1, rows)
+    whole, none, _ = forwarded(pipeline, writer, 1, rows)
     assert none == {}
     holed = [*rows[:2], Row(2, None, reason="torn"), *rows[3:]]
-    parts, failed, _ = pipeline._forward(writer, 1, holed)
+    parts, failed, _ = forwarded(pipeline, writer, 1, holed)
     assert failed == {10: "torn"}
     others = [0, 1, 3, 4, 5, 6, 7]
     for name, value in parts["final"].items():
@@ -188,7 +205,7 @@ def test_a_batch_of_failed_rows_needs_no_teacher(
         return forward(self, pixels, taps, visible)
 
     monkeypatch.setattr(Teacher, "forward", counted)
-    parts, failed, _ = pipeline._forward(writer, 0, [good, *(Row(i, None, reason="torn") for i in range(1, 8))])
+    parts, failed, _ = forwarded(pipeline, writer, 0, [good, *(Row(i, None, reason="torn") for i in range(1, 8))])
     assert sizes == [4]
     assert sorted(failed) == [1, 2, 3, 4, 5, 6, 7]
     for arrays in parts.values():
@@ -215,7 +232,7 @@ def test_a_complete_shard_is_forwarded_again_only_if_a_failed_row_can_be_read(
 
 
 def test_a_view_is_put_in_order_once(pipeline: Pipeline, writer: ViewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hdcache.extract import pipeline as module
+    from hdcache.extract import rows as module
 
     calls: list[int] = []
 
@@ -224,7 +241,7 @@ def test_a_view_is_put_in_order_once(pipeline: Pipeline, writer: ViewWriter, mon
         return row_order(count, seed, view)
 
     monkeypatch.setattr(module, "row_order", counted)
-    module._order.cache_clear()
+    order_of.cache_clear()
     pipeline.run(writer, [0, 1, 2], ignore)
     assert calls == [0]
 
@@ -245,7 +262,7 @@ def test_no_thread_outlives_a_run(pipeline: Pipeline, writer: ViewWriter, signal
     with pytest.raises(Interrupted, match=r"stopped by SIGUSR1 with all finished shards written to .*; run the same"):
         pipeline.run(writer, [0, 1, 2], ignore)
     assert writer.todo() == [0, 1, 2]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "write"))]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "teacher", "write"))]
 
 
 def test_progress_is_told_of_every_row(pipeline: Pipeline, writer: ViewWriter) -> None:
@@ -278,16 +295,6 @@ def stages() -> Iterator[tuple[str, str]]:
 def test_the_bottleneck_is_the_longest_stage(stages: Iterator[tuple[str, str]]) -> None:
     for name, text in stages:
         assert Timing(**{name: 1.0}).bottleneck() == text
-
-
-def test_a_row_is_finite_if_all_its_values_are() -> None:
-    tokens = Tokens(torch.zeros(4, 1, 3), torch.zeros(4, 2, 3))
-    tokens.prefix[1, 0, 2] = torch.inf
-    tokens.patches[2, 1, 0] = torch.nan
-    vector = torch.zeros(4, 5)
-    vector[3, 0] = -torch.inf
-    assert finite_rows({"a": tokens, "b": vector}).tolist() == [True, False, False, False]
-    assert finite_rows({"b": vector}).tolist() == [True, True, True, False]
 
 
 def test_the_store_is_the_same_after_reopening(pipeline: Pipeline, folder: Path) -> None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from hdcache.resources import MOST_BYTES, MOST_THREADS, available_cores, memory_budget, ranks_here
+from hdcache.resources import (
+    MOST_BYTES,
+    MOST_THREADS,
+    available_cores,
+    keep_freed_memory,
+    memory_budget,
+    ranks_here,
+)
 
 
 def test_ranks_of_one_machine_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +34,34 @@ def test_ranks_of_one_machine_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_user_may_set_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "2e9")
     assert memory_budget() == 2_000_000_000
+
+
+def test_freed_memory_is_kept() -> None:
+    """In a process of its own: what is freed and allocated again asks the system for no new pages."""
+    work = """
+import resource, sys
+import numpy as np
+from hdcache.resources import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        parts = [np.ones(3 << 20, np.uint8) for _ in range(12)]
+        del parts
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain = faults()
+kept = keep_freed_memory()
+faults()
+print(int(kept), plain, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
+    kept, plain, after = map(int, done.stdout.split())
+    if not kept:
+        pytest.skip("no glibc here")
+    assert after < 0.2 * plain
+
+
+def test_without_glibc_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda _: object())
+    assert not keep_freed_memory()

@@ -48,7 +48,7 @@ def test_a_fresh_view_is_the_drawn_one(dataset: Dataset) -> None:
     pixels = sample.pixels(Preprocessing(size=16, interpolation="bilinear"))
     assert pixels.shape == (3, 16, 16)
     assert pixels.flags.c_contiguous
-    expected = render(sample.image, sample.box, sample.flip, 16, "bilinear")
+    expected = np.asarray(render(sample.image, sample.box, sample.flip, 16, "bilinear"))
     np.testing.assert_array_equal(pixels.transpose(1, 2, 0), expected)
 
 

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from hdcache import stopping
 from hdcache.backbones import create_vit
-from hdcache.distill import trainer
 from hdcache.distill.contrast import cosine_distance, info_nce, nt_xent, scaled_info_nce
+from hdcache.distill.learner import Learner
 from hdcache.distill.run import distill
 from hdcache.distill.sdssl import SDSSL, SDSSLHeads, class_tokens
 from hdcache.distill.settings import Recipe, StudentSpec
-from hdcache.distill.trainer import one_step
 from hdcache.errors import Interrupted, UsageError
 from hdcache.photometric import Photometric
 from hdcache.schema import MaskSpec, Preprocessing, TeacherCard
@@ -368,16 +367,16 @@ def test_stopped_in_an_epoch_and_resumed_equals_undisturbed(
 ) -> None:
     plan = recipe(online(framework, **({} if framework == "simclr" else {"momentum": 0.8})), log_every=5)
     run(plan, tmp_path / "whole", **data_of(tiny_store))
-    taken = []
+    taken, step = [], Learner.step
 
     def signalled(*rest: Any) -> Any:
         taken.append(1)
         if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return one_step(*rest)
+        return step(*rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "one_step", signalled)
+        patch.setattr(Learner, "step", signalled)
         with pytest.raises(Interrupted, match="epoch 0, step 3 saved"):
             run(plan, tmp_path / "a", **data_of(tiny_store))
     stopping._received.clear()

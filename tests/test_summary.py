@@ -22,10 +22,12 @@ def store(tiny_store: Path) -> Store:
 
 def test_the_account_is_that_of_the_sealed_views(store: Store) -> None:
     record = store.teacher("t")
-    timing = Timing(forward=2.0, encode=1.0, rows=128)
+    timing = Timing(forward=2.0, encode=1.0, rows=128, decoding=0.5, writing=0.25)
     facts = account(store, record, timing, 4.0, 2)
     assert (facts["rows"], facts["rows_written"], facts["failed_rows"], facts["saturated"]) == (128, 128, 0, 0)
     assert (facts["seconds"], facts["rows_per_second"], facts["bottleneck"]) == (4.0, 32.0, "teacher forward")
+    assert facts["stages"] == {"reading and decoding": 0, "teacher forward": 2, "encoding": 1, "writing": 0}
+    assert facts["beside"] == {"decoding": 0.5, "writing": 0.25}
     assert facts["mask"] is None
     files = [path for view in "01" for path in (store.path / f"teachers/t/views/{view}").rglob("*")]
     listed = [path for path in files if path.is_file() and "receipts" not in path.parts and path.stem != "manifest"]
@@ -66,6 +68,7 @@ def test_clipped_values_are_said() -> None:
         "rows_written": 1,
         "rows_per_second": 1,
         "bottleneck": "x",
+        "stages": {"teacher forward": 3.0, "encoding": 1.0, "writing": 0.001},
         "mask": None,
         "taps": {},
     }
@@ -74,4 +77,5 @@ def test_clipped_values_are_said() -> None:
     text = format_summary(ExtractSummary("s", {"t": facts | {"saturated": 1}}, {"a": "a: broken"}))
     assert "teacher t, 1 row, 1 B (1 row written at " in text
     assert "  1 value clipped to " in text
+    assert "\n  teacher forward 75 %, encoding 25 %\n" in text
     assert "\n1 sample failed (recorded" in text

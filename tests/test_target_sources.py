@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from hdcache.datasets import open_dataset
@@ -18,7 +15,7 @@ from hdcache.reader import read_geometry
 from hdcache.samples import open_sample
 from hdcache.store import Store
 from hdcache.taps import Tokens
-from hdcache.target_sources import RUN_ROWS, LiveTargets, Runs, StoredTargets, open_targets
+from hdcache.target_sources import LiveTargets, StoredTargets, open_targets
 from hdcache.teachers import reload_teacher
 
 TARGETS = ["final", "block3.rel.qk", "block3.rel.vv@6", "block3.qkv", "block3.out"]
@@ -42,8 +39,10 @@ def pixels_of(store: Store, view: int, rows: list[int], size: int) -> Tensor:
 
 def arrays_of(source: StoredTargets, view: int, rows: list[int]) -> dict[str, Tensor]:
     """Stored arrays of some rows, read one by one."""
-    found = [source.read(view, row, row + 1) for row in rows]
-    return {name: torch.from_numpy(np.concatenate([part[name] for part in found])) for name in found[0]}
+    found: dict[str, Any] = {key: np.empty((len(rows), *card.shape), card.dtype) for key, card in source.arrays.items()}
+    for place, row in enumerate(rows):
+        source.read(view, row, row + 1, [(found, place)])
+    return {key: torch.from_numpy(value) for key, value in found.items()}
 
 
 def stored_targets(path: Path, targets: list[str]) -> StoredTargets:
@@ -96,16 +95,21 @@ def test_live_targets_follow_from_what_the_store_holds(
         assert torch.equal(one, other), name
 
 
-def test_empty_arrays_are_named_and_shaped_as_those_that_are_read(tiny_store: Path) -> None:
+def test_rows_come_to_where_they_are_wanted(tiny_store: Path) -> None:
+    """Rows of a run may go to several batches, to any place, or nowhere; they are those that the reader gives."""
     source = stored_targets(tiny_store, TARGETS)
-    read, empty = source.read(0, 0, 3), source.empty(3)
-    assert read.keys() == empty.keys()
-    assert all((read[n].shape, read[n].dtype) == (empty[n].shape, empty[n].dtype) for n in read)
+    one, other = ({key: np.zeros((3, *card.shape), card.dtype) for key, card in source.arrays.items()} for _ in "ab")
+    source.read(1, 14, 19, [(one, 2), None, (other, 0), (one, 0), None])
+    for key in source.arrays:
+        tap, name = key.split("/")
+        rows = source.reader.rows(1, tap, 14, 19)[name]
+        assert np.array_equal(one[key], np.stack([rows[3], np.zeros_like(rows[0]), rows[0]]))
+        assert np.array_equal(other[key], np.stack([rows[2], *np.zeros_like(rows[:2])]))
 
 
 def test_no_rows_give_targets_of_no_rows(tiny_store: Path) -> None:
     source = stored_targets(tiny_store, TARGETS)
-    found = source.finish({name: torch.from_numpy(value) for name, value in source.empty(0).items()})
+    found = source.finish(arrays_of(source, 0, []))
     assert [value.shape[0] for value in tensors(found)] == [0] * len(TARGETS)
 
 
@@ -135,49 +139,3 @@ def test_a_teacher_that_is_nowhere_is_refused(tiny_store: Path) -> None:
 def test_heads_that_do_not_divide_are_refused_when_opened(tiny_store: Path) -> None:
     with pytest.raises(UsageError, match="cannot be split into 5 heads"):
         open_targets(Store.open(tiny_store), {"t": ["block3.rel.qk@5"]})
-
-
-# Runs
-
-
-class Counting:
-    """A teacher whose stored value of a row is the row's number; counts what is read."""
-
-    name = "t"
-
-    def __init__(self) -> None:
-        self.read_runs: list[tuple[int, int]] = []
-
-    def read(self, view: int, start: int, stop: int) -> dict[str, Any]:
-        self.read_runs.append((start, stop))
-        return {"x/values": np.arange(start, stop, dtype=np.int64)[:, None] + 1000 * view}
-
-    def empty(self, rows: int) -> dict[str, Any]:
-        return {"x/values": np.empty((rows, 1), np.int64)}
-
-
-@settings(deadline=None, max_examples=50)
-@given(data=st.data(), count=st.integers(1, 200), size=st.integers(1, 40), ahead=st.integers(1, 5))
-def test_runs_give_the_asked_rows_and_read_each_run_once(
-    data: st.DataObject, count: int, size: int, ahead: int
-) -> None:
-    """Every batch gets its own rows in its own order; a run is read once and forgotten after its last use."""
-    order = np.array(data.draw(st.permutations(range(count))), np.int64)
-    shares = [order[i : i + size] for i in range(0, count, size)]
-    source: Any = Counting()
-    runs = Runs([source], 2, count, shares)
-    with ThreadPoolExecutor(2) as pool:
-        for number, rows in enumerate(shares):
-            runs.request(pool, number + ahead)
-            found = runs.gather(number, rows)["t"]["x/values"]
-            assert np.array_equal(found[:, 0], rows + 2000)
-    assert sorted(source.read_runs) == [(s, min(count, s + RUN_ROWS)) for s in range(0, count, RUN_ROWS)]
-    assert not runs._futures
-    assert not runs._uses
-
-
-def test_nothing_is_read_for_no_teacher() -> None:
-    runs = Runs([], 0, 10, [np.arange(10)])
-    with ThreadPoolExecutor(1) as pool:
-        runs.request(pool, 1)
-        assert runs.gather(0, np.arange(10)) == {}

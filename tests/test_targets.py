@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.taps import Coded, Tokens, parse_tap
-from hdcache.targets import Derivation, derivation, plan_targets, sources
+from hdcache.targets import Derivation, FrozenAttention, derivation, plan_targets, sources
 from hdcache.teachers import Teacher, load_teacher
 
 KINDS = ("qk", "vv", "qq", "kk")
@@ -90,6 +90,46 @@ def test_codes_are_joined_with_the_matrix_that_follows(tiny: str, more: str, dty
         torch.testing.assert_close(tensor(found[name]), tensor(expected[name]), rtol=tolerance, atol=tolerance)
     again = plan.derive({"block2.attn_in": coded})
     assert torch.equal(tensor(again["block2.rel.qk"]), tensor(found["block2.rel.qk"]))
+
+
+@pytest.mark.parametrize("source", ["attn_in", "qkv"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_what_else_is_asked_for_changes_no_bits(tiny: str, source: str, *, coded: bool) -> None:
+    """Students that train together, each with its own targets, see what each of them sees alone."""
+    teacher = teacher_with(tiny)
+    names = [*(f"block2.rel.{kind}" for kind in KINDS), "block2.rel.vv@6", "block2.qkv"]
+    tap = f"block2.{source}"
+    value = teacher.forward(images(), [tap])[tap]
+    assert isinstance(value, Tokens)
+    if coded:
+        width = value.patches.shape[-1]
+        value = Coded(value.prefix, value.patches[..., :30].contiguous(), torch.randn(30, width), torch.randn(width))  # type: ignore[assignment]
+    together = derived(teacher, names, [tap]).derive({tap: value})
+    for name in names:
+        alone = derived(teacher, [name], [tap]).derive({tap: value})
+        assert torch.equal(tensor(alone[name]), tensor(together[name])), name
+
+
+def test_only_what_is_asked_for_is_computed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Q, K and V those that a relation relates, each once."""
+    teacher = teacher_with(tiny)
+    live = teacher.forward(images(), ["block2.attn_in"])
+    asked: list[str] = []
+    project = FrozenAttention.project
+
+    def watch(self: FrozenAttention, value: Any, letter: str, **more: Any) -> Tensor:
+        asked.append(letter)
+        return project(self, value, letter, **more)
+
+    monkeypatch.setattr(FrozenAttention, "project", watch)
+    for names, letters in (
+        (["block2.rel.vv"], "v"),
+        (["block2.rel.qk", "block2.rel.kk", "block2.rel.qk@6"], "kq"),
+        (["block2.rel.qq", "block2.qkv"], "kqv"),
+    ):
+        asked.clear()
+        derived(teacher, names, ["block2.attn_in"]).derive(live)
+        assert sorted(asked) == list(letters)
 
 
 def test_values_under_a_qk_norm_can_be_cut_into_any_heads(tiny: str) -> None:

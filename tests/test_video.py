@@ -781,13 +781,13 @@ def test_extraction_decodes_one_shard_at_a_time_where_memory_is_short(
 
     monkeypatch.setattr(Pipeline, "_decode", counted)
     held: list[int] = []
-    forward = Pipeline._forward
+    joined = Pipeline._joined
 
-    def seen(self: Pipeline, writer: Any, shard: int, rows: Any) -> Any:
+    def seen(self: Pipeline, *shard: Any) -> Any:
         held.append(len(shards) - len(held))
-        return forward(self, writer, shard, rows)
+        return joined(self, *shard)
 
-    monkeypatch.setattr(Pipeline, "_forward", seen)
+    monkeypatch.setattr(Pipeline, "_joined", seen)
     run(videos, tmp_path / "a")
     assert max(held) == 2
     shards.clear(), held.clear()

@@ -1,0 +1,109 @@
+"""Chunks of a shard, decoded straight from its file.
+
+Zarr's readers cost a fixed time for each read (zarr-python about a millisecond, in Python's lock) or a copy of each part of
+a shard (zarrs), which an epoch of short runs feels. A shard that this project wrote is chunks one after the other, each of
+them bytes, perhaps blosc, and a crc32c, and at its end an index of their offsets and lengths (Zarr v3, ``sharding_indexed``).
+Shards that are laid out in any other way are left to zarr. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+_CRC: dict[str, Any] = {"name": "crc32c"}
+_LITTLE: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+_BLOSC_SIZE = slice(4, 8)
+"""Where blosc's header says how many bytes come out."""
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """How the shards of one array are laid out."""
+
+    row: tuple[int, ...]
+    dtype: str
+    chunk: int
+    """Rows of a chunk."""
+    count: int
+    """Chunks of a shard."""
+    blosc: bool
+    _local: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> ShardLayout | None:
+        """The layout that the metadata of a Zarr v3 array describes; None where only zarr can read it."""
+        (shard, *row), codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
+        inner = codecs[0].get("configuration", {}) if codecs[0]["name"] == "sharding_indexed" else {}
+        chunk, *rest = inner.get("chunk_shape", [0])
+        found = inner.get("codecs", [{"name": ""}])
+        compressed = len(found) == 3 and found[1]["name"] == "blosc"
+        expected = {
+            "chunk_shape": [chunk, *row],
+            "codecs": [found[0], *([found[1]] if compressed else []), _CRC],
+            "index_codecs": [_LITTLE, _CRC],
+            "index_location": "end",
+        }
+        # A type of one byte has no order of bytes.
+        if len(codecs) != 1 or inner != expected or found[0] not in ({"name": "bytes"}, _LITTLE) or rest != row:
+            return None
+        if chunk < 1 or shard % chunk or sys.byteorder != "little":
+            return None
+        return cls(tuple(row), metadata["data_type"], chunk, shard // chunk, compressed)
+
+    def read(self, file: int, size: int, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.generic]]]:
+        """The chunks that hold rows ``[start, stop)`` of a shard: each one's first row, and all of its rows.
+
+        ``file`` is the descriptor of the shard's file, of ``size`` bytes. The memory of a chunk is that of the one before,
+        and of every chunk that this thread reads of this array.
+
+        Raises
+        ------
+        ValueError
+            where a checksum or a length is wrong.
+        """
+        index = self._index(file, size)
+        if not hasattr(self._local, "block"):
+            self._local.block = np.empty((self.chunk, *self.row), self.dtype)
+        block: NDArray[np.generic] = self._local.block
+        for number in range(start // self.chunk, -(-stop // self.chunk)):
+            offset, length = index[number]
+            if length <= 4 or offset + length > size:
+                raise ValueError(f"the index places chunk {number} outside of the shard")
+            self._decode(_checked(os.pread(file, length, offset), length), block)
+            yield number * self.chunk, block
+
+    def _index(self, file: int, size: int) -> Sequence[Sequence[int]]:
+        length = 16 * self.count + 4
+        if size < length:
+            raise ValueError("the shard is shorter than its index")
+        return _checked(os.pread(file, length, size - length), length).view("<u8").reshape(-1, 2).tolist()
+
+    def _decode(self, data: NDArray[np.uint8], block: NDArray[np.generic]) -> None:
+        size = int.from_bytes(data[_BLOSC_SIZE].tobytes(), "little") if self.blosc else data.size
+        if size != block.nbytes:
+            raise ValueError("a chunk of another size")
+        if self.blosc:
+            # From any thread but the main one, this leaves Python's lock.
+            blosc.decompress(data, block)
+        else:
+            block.reshape(-1).view(np.uint8)[...] = data
+
+
+def _checked(data: bytes, length: int) -> NDArray[np.uint8]:
+    """What a crc32c at the end of ``data`` vouches for."""
+    if len(data) != length:
+        raise ValueError("the file ends early")
+    found = np.frombuffer(data, np.uint8)
+    if google_crc32c.value(found[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise ValueError("a checksum does not match")
+    return found[:-4]
