@@ -7,14 +7,12 @@ Only those travel. What is true stands on disk: a shard with a receipt is done, 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import platform
 import threading
 import time
 import traceback
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,17 +32,11 @@ from hdcache.extract.writer import ViewWriter
 from hdcache.integrity import teacher_ledger
 from hdcache.reader import TeacherReader
 from hdcache.records import Record
-from hdcache.resources import available_cores
+from hdcache.resources import available_cores, keep_freed_memory
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher, choose_device, reload_teacher
 
-DASK_TRIM = "65536"
-"""MALLOC_TRIM_THRESHOLD_ as Dask sets it for its workers; anything else is the user's."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Numbers of glibc's mallopt."""
-MOST_KEPT = 32 << 20
-"""Where glibc's own adapting of both ends."""
 WRITE_LOCKS = 61
 """Files that shards are locked by while they are written: two tasks for one shard must not write at once."""
 
@@ -191,6 +183,7 @@ def _load(recipe: Recipe, where: str) -> _Loaded:
     if _kept and _kept[0].key == key:
         return _kept[0]
     forget()
+    # Dask has its workers give all of it back at once, which costs a ViT-S on a CPU a third more.
     keep_freed_memory()
     # How many share this machine is known to the command alone.
     os.environ["LOCAL_WORLD_SIZE"] = str(recipe.processes)
@@ -225,19 +218,6 @@ def own_threads(processes: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(asked) if asked.isdecimal() and int(asked) > 1 else max(1, cores // processes)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep memory that it has freed, unless the user has set how (``MALLOC_TRIM_THRESHOLD_``).
-
-    A network needs the same memory again with its next batch, and fresh pages cost time; Dask's setting for its workers, to
-    give all of it back at once, costs a ViT-S on a CPU a third more.
-    """
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_", DASK_TRIM) == DASK_TRIM:
-        with suppress(OSError, AttributeError):  # not glibc
-            libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_THRESHOLD, MOST_KEPT)
-            libc.mallopt(M_TRIM_THRESHOLD, 2 * MOST_KEPT)
 
 
 def forget() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,29 +211,3 @@ def test_threads_of_torch(asked: str, processes: int, expected: int | None, monk
     cores = len(os.sched_getaffinity(0))
     assert own_threads(processes) == (expected or cores)
     assert own_threads(10 * cores) == (expected or 1)
-
-
-KEEPING = """
-import resource, torch
-from hdcache.extract.worker import keep_freed_memory
-if {keep}:
-    keep_freed_memory()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-a = [torch.ones(1 << 20) for _ in range(4)]
-del a
-before = faults()
-for _ in range(50):
-    torch.ones(1 << 20)
-print(faults() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="undoes what Dask asks of glibc")
-def test_freed_memory_is_used_again(python: Callable[..., subprocess.Popen[str]]) -> None:
-    """4 MB, 50 times: a fresh page for each 4 KB of each, or for none."""
-    found = []
-    for keep in (False, True):
-        process = python(KEEPING.format(keep=keep), MALLOC_TRIM_THRESHOLD_="65536")
-        found.append(int(process.communicate(timeout=120)[0]))
-    assert found[1] * 10 < found[0]
