@@ -46,6 +46,7 @@ def report(learner: Learner, loader: Loader, started: float, beside: Sequence[st
         "recipe": recipe.name,
         "epochs": recipe.epochs,
         **asdict(learner.outcome),
+        "stages": loader.stages,
         **shared,
         "device": str(learner.device),
         "amp": str(autocast_precision(recipe, learner.device)),

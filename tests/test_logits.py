@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -209,7 +210,9 @@ def test_a_supervised_student_is_the_teacher_of_another(data: str, tmp_path: Pat
     store = Store.open(tmp_path / "s")
     assert store.teacher("s").card.classes == 5
     (stored,), _ = open_targets(store, {"s": ["logits", "final"]})
-    found = stored.finish({name: torch.from_numpy(value) for name, value in stored.read(0, 0, 32).items()})
+    read = {key: np.empty((32, *card.shape), card.dtype) for key, card in stored.arrays.items()}
+    stored.read(0, 0, 32, [(read, row) for row in range(32)])
+    found = stored.finish({key: torch.from_numpy(value) for key, value in read.items()})
     final, logits = found["final"], found["logits"]
     assert isinstance(final, Tokens)
     assert isinstance(logits, Tensor)

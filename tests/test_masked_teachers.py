@@ -192,9 +192,9 @@ import os, signal, sys
 from hdcache.extract.run import extract
 from hdcache.extract.writer import ViewWriter
 write = ViewWriter._write_array
-def killed(self, shard, key, block):
-    found = write(self, shard, key, block)
-    if (shard, key) == (1, "mask/visible"):
+def killed(self, shard, key, *more):
+    found = write(self, shard, key, *more)
+    if (shard, key) == (2, "mask/visible"):
         os.kill(os.getpid(), signal.SIGKILL)
     return found
 ViewWriter._write_array = killed
@@ -214,8 +214,8 @@ def test_killed_and_finished_equals_undisturbed(
     process = python(KILLED, data, tmp_path / "s", f"t={tiny}")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
-    assert (tmp_path / "s/teachers/t/views/0/mask/visible/c.1.0").is_file()
-    assert not (tmp_path / "s/teachers/t/views/0/receipts/1.json").exists()
+    assert (tmp_path / "s/teachers/t/views/0/mask/visible/c.2.0").is_file()
+    assert not (tmp_path / "s/teachers/t/views/0/receipts/2.json").exists()
     finished = run(data, tmp_path / "s", f"t={tiny}", **settings)
     assert 0 < finished.teachers["t"]["rows_written"] < COUNT
     assert finished.teachers["t"]["manifests"] == whole.teachers["t"]["manifests"]
