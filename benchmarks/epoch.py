@@ -17,15 +17,16 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hdcache.distill import run_batches
 from hdcache.distill.run import distill
 from hdcache.extract.run import extract
 from hdcache.resources import keep_freed_memory
@@ -45,7 +46,7 @@ class InRam(StoredTargets):
     """The finished targets of all rows of all views, held as tensors: a batch reads numbers of rows and nothing else."""
 
     def __init__(self, stored: StoredTargets) -> None:
-        self.__dict__.update(stored.__dict__)
+        self.__dict__.update({key: value for key, value in stored.__dict__.items() if key != "arrays"})
         store = self.reader.store
         self._rows, views = store.card.dataset.count, store.views(self.name)
         if views != list(range(len(views))):
@@ -63,8 +64,8 @@ class InRam(StoredTargets):
         stored.read(view, start, stop, [(buffer, place) for place in range(stop - start)])
         return stored.finish({key: torch.from_numpy(value) for key, value in buffer.items()})
 
-    @property
-    def arrays(self) -> dict[str, ArrayCard]:  # type: ignore[override]
+    @cached_property
+    def arrays(self) -> dict[str, ArrayCard]:
         return {"row": ArrayCard(shape=(), dtype="int64")}
 
     def read(self, view: int, start: int, stop: int, into: Sequence[tuple[HostArrays, int] | None]) -> None:
@@ -94,11 +95,9 @@ def in_ram() -> Iterator[None]:
         stored, live = open_targets(*arguments, **options)
         return [InRam(one) for one in stored], live
 
-    run_batches.open_targets = opened  # type: ignore[attr-defined]
-    try:
+    # No user needs this, so distill() has no setting for it.
+    with patch("hdcache.distill.run_batches.open_targets", opened):
         yield
-    finally:
-        run_batches.open_targets = open_targets  # type: ignore[attr-defined]
 
 
 def train(teachers: str, kind: str, settings: argparse.Namespace, number: int) -> dict[str, Any]:

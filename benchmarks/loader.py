@@ -142,7 +142,7 @@ def peers(rows: Any, folder: Path, *, quick: bool) -> tuple[list[Contender], lis
     """Every layout with its best number of workers, and the names of those that cannot be read here."""
     found, absent = [], []
     for layout in loader_peers.LAYOUTS:
-        name, needs = layout.name, layout.needs  # type: ignore[attr-defined]  # a class
+        name, needs = layout.name, layout.needs
         if package := loader_peers.missing(*needs):
             absent.append(f"{name} ({package})")
             continue
@@ -155,9 +155,9 @@ def peers(rows: Any, folder: Path, *, quick: bool) -> tuple[list[Contender], lis
             layout(*arguments, 0, BUFFER).write(rows)
             made.write_text(str(sum(path.stat().st_size for path in place.rglob("*") if path.is_file())))
         best: tuple[float, Contender] | None = None
-        for workers in layout.workers[: 1 if quick else None]:  # type: ignore[attr-defined]
+        for workers in layout.workers[: 1 if quick else None]:
             one = layout(*arguments, workers, BUFFER)
-            label = f"{name}, {workers} workers" if len(layout.workers) > 1 else name  # type: ignore[attr-defined]
+            label = f"{name}, {workers} workers" if len(layout.workers) > 1 else name
             kind = "limit" if layout is loader_peers.MemoryMap else "peer"
             contender = Contender(label, one.batches, one.files, int(made.read_text()), one.close, kind)
             # The first epoch starts workers and fills the page cache.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import tarfile
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def missing(*packages: str) -> str:
     return next((name for name in packages if importlib.util.find_spec(name) is None), "")
 
 
-class Layout:
+class Layout(ABC):
     """One way to keep the rows; ``workers`` are processes that read beside the consumer's."""
 
     name = ""
@@ -42,18 +43,13 @@ class Layout:
         self.batch, self.workers_used, self.buffer = batch, workers, buffer
         self._loader: Any = None
 
+    @abstractmethod
     def write(self, rows: Rows) -> None:
         """Make the files."""
-        raise NotImplementedError
 
-    def open(self) -> Any:
-        """An iterable over the batches of an epoch, kept until :meth:`close`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def batches(self, epoch: int) -> Iterator[Tensor]:
         """One epoch, in another order each time."""
-        self._loader = self.open() if self._loader is None else self._loader
-        return iter(self._loader)
 
     def close(self) -> None:
         """End worker processes and close files."""
@@ -62,12 +58,24 @@ class Layout:
     def files(self) -> list[Path]:
         return [path for path in self.folder.rglob("*") if path.is_file()]
 
+
+class LoaderLayout(Layout):
+    """A layout that comes with a loader, or is read by torch's."""
+
+    @abstractmethod
+    def open(self) -> Any:
+        """An iterable over the batches of an epoch, kept until :meth:`close`."""
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        self._loader = self.open() if self._loader is None else self._loader
+        return iter(self._loader)
+
     def _loaded(self, dataset: Any, **more: Any) -> Any:
         kept = self.workers_used > 0
         return DataLoader(dataset, num_workers=self.workers_used, persistent_workers=kept, drop_last=False, **more)
 
 
-class WebDatasetLayout(Layout):
+class WebDatasetLayout(LoaderLayout):
     """tar archives of 1,000 safetensors, Theia's layout; a shuffle buffer within the archives."""
 
     name, needs = "WebDataset tar + safetensors", ("webdataset",)
@@ -90,7 +98,7 @@ class WebDatasetLayout(Layout):
         return self._loaded(data.batched(self.batch, collation_fn=torch.stack), batch_size=None)
 
 
-class Mosaic(Layout):
+class Mosaic(LoaderLayout):
     """MosaicML streaming's MDS, a fixed-shape ndarray a sample."""
 
     name, needs = "MosaicML streaming", ("streaming",)
@@ -121,7 +129,7 @@ class MosaicZstd(Mosaic):
     name, compression = "MosaicML streaming, zstd", "zstd"
 
 
-class LitData(Layout):
+class LitData(LoaderLayout):
     """litdata's chunks of 64 MB."""
 
     name, needs = "litdata", ("litdata",)
@@ -174,7 +182,7 @@ class Hdf5Chunked(Hdf5):
     name, chunks = "HDF5, one chunk a row", (1, 0, 0)
 
 
-class OnePt(Layout):
+class OnePt(LoaderLayout):
     """One .pt file a sample, torchdistill's layout."""
 
     name = "one .pt a sample"
@@ -223,6 +231,6 @@ def _shuffled(rows: int, batch: int, epoch: int) -> Iterator[NDArray[np.int64]]:
     return (order[start : start + batch] for start in range(0, rows, batch))
 
 
-LAYOUTS: list[Callable[..., Layout]] = [
+LAYOUTS: list[type[Layout]] = [
     WebDatasetLayout, Mosaic, MosaicZstd, LitData, Hdf5, Hdf5Chunked, OnePt, MemoryMap
 ]  # fmt: skip

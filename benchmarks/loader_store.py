@@ -108,7 +108,10 @@ def _write(
     record: TeacherRecord | None = None, constants: dict[str, StoredObject] | None = None,
 ) -> None:  # fmt: skip
     """All shards of a ledger, and its seal: arrays as they are, or the codes of rows."""
-    cards = {key: ArrayCard(shape=value.shape[1:], dtype=str(value.dtype)) for key, value in whole.items()}  # type: ignore[arg-type]
+    cards = {
+        key: ArrayCard.model_validate({"shape": value.shape[1:], "dtype": str(value.dtype)})
+        for key, value in whole.items()
+    }
     count, block = len(next(iter(whole.values()), [])), 0
     if coded is not None:
         cards = {f"final/{name}": card for name, card in coded[0].card.arrays.items()}

@@ -56,7 +56,7 @@ class ShardLayout:
         # A type of one byte has no order of bytes.
         if len(codecs) != 1 or inner != expected or found[0] not in ({"name": "bytes"}, _LITTLE) or rest != row:
             return None
-        if chunk < 1 or shard % chunk or sys.byteorder != "little":
+        if chunk < 1 or shard % chunk or sys.byteorder != "little" or not hasattr(os, "pread"):
             return None
         return cls(tuple(row), metadata["data_type"], chunk, shard // chunk, compressed)
 
