@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -202,6 +203,27 @@ def python() -> Callable[..., subprocess.Popen[str]]:
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=env)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def together(python: Callable[..., subprocess.Popen[str]]) -> Callable[..., list[str]]:
+    """Runs code in several processes as torchrun would; each one's output, once all have ended with ``code``."""
+
+    def run(source: str, *arguments: object, world: int = 2, code: int = 0) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        ranks = [python(source, *arguments, RANK=str(n), LOCAL_RANK=str(n), **shared) for n in range(world)]
+        try:
+            outputs = [process.communicate(timeout=240)[0] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        assert [process.returncode for process in ranks] == [code] * world, outputs
+        return outputs
+
+    return run
 
 
 @pytest.fixture

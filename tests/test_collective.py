@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 from collections.abc import Callable
 
 import torch
@@ -61,19 +58,9 @@ def test_a_lone_process_gathers_its_own_rows() -> None:
     assert start == 0
 
 
-def test_two_processes_see_the_rows_and_gradients_of_one(python: Callable[..., subprocess.Popen[str]]) -> None:
+def test_two_processes_see_the_rows_and_gradients_of_one(together: Callable[..., list[str]]) -> None:
     """Unequal numbers of rows; and a network with batch norms and a contrast under DistributedDataParallel."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [python(WORKER, **{**os.environ, **shared, "RANK": str(rank)}) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = together(WORKER)
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
     rows = torch.arange(8.0).view(4, 2).tolist()
     assert [rank[:2] for rank in found] == [[rows, 0], [rows, 3]]

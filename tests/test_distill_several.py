@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -361,20 +360,9 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_several_as_they_train_one(
-    tiny_store: Path, tmp_path: Path, several: list[Recipe], python: Any
+    tiny_store: Path, tmp_path: Path, several: list[Recipe], together: Callable[..., list[str]]
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    given = dumped(several[:3]), tmp_path, tiny_store
-    ranks = [python(RANKS, *given, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    together(RANKS, dumped(several[:3]), tmp_path, tiny_store)
     for recipe in several[:3]:
         check_same(tmp_path / "own" / recipe.name, tmp_path / "all" / recipe.name)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -595,20 +594,13 @@ distill(Recipe.model_validate_json(recipe), out=out, store=store, device="cpu", 
 
 
 def test_two_processes_have_the_losses_of_one(
-    two_teachers: Path, tmp_path: Path, small_recipe: Callable[..., Recipe], python: Callable[..., Any]
+    two_teachers: Path, tmp_path: Path, small_recipe: Callable[..., Recipe], together: Callable[..., list[str]]
 ) -> None:
     from hdcache.distill.run import distill
 
     plan = recipe(small_recipe)
     distill(plan, out=tmp_path / "one", store=two_teachers, device="cpu", threads=1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    given = (plan.model_dump_json(), tmp_path / "two", two_teachers)
-    ranks = [python(RANK, *given, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    together(RANK, plan.model_dump_json(), tmp_path / "two", two_teachers)
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,7 +169,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def two_processes(
-    tmp_path_factory: pytest.TempPathFactory, python: Callable[..., Any], images: Path, clips: Path
+    tmp_path_factory: pytest.TempPathFactory, together: Callable[..., list[str]], images: Path, clips: Path
 ) -> Path:
     """Five steps of every method in one pair of processes, one folder each."""
     out = tmp_path_factory.mktemp("two")
@@ -178,17 +177,7 @@ def two_processes(
         (plan(name, 1).model_dump(mode="json"), str(out / name), str(clips if METHODS[name].clips else images))
         for name in METHODS
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [python(RANKS, json.dumps(jobs), RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    together(RANKS, json.dumps(jobs))
     return out
 
 

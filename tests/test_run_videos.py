@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,24 +212,13 @@ print(json.dumps(found))
 
 
 def test_two_processes_share_the_work_and_know_the_same(
-    videos: Path, tmp_path: Path, python: Callable[..., subprocess.Popen[str]]
+    videos: Path, tmp_path: Path, together: Callable[..., list[str]]
 ) -> None:
     """Else they would take different rows, and wait for each other for ever."""
     good = shutil.copytree(videos, tmp_path / "good")
     for name in BAD:
         (good / name).unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    given = (VIEWS, tmp_path / "r", f"video:{videos}", f"video:{good}")
-    processes = [python(WORKER, *given, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = together(WORKER, VIEWS, tmp_path / "r", f"video:{videos}", f"video:{good}")
     one, other = (json.loads(output.splitlines()[-1]) for output in outputs)
     ids = open_dataset(f"video:{videos}").ids
     assert [found[0] for found in one] == [found[0] for found in other] == [BAD, {}]

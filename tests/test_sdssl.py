@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -402,21 +401,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-def together(python: Python, *arguments: object) -> list[tuple[int, str]]:
-    """Run ``RANKS`` in two processes as torchrun would; exit code and output of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [python(RANKS, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
-
-
 def noisy(name: str, value: Tensor) -> Tensor:
     """Which values are rounding noise, scaled up by AdamW, because nothing depends on them.
 
@@ -433,16 +417,14 @@ def noisy(name: str, value: Tensor) -> Tensor:
     return noise
 
 
-def test_two_processes_train_as_one(tiny_store: Path, tmp_path: Path, python: Python) -> None:
+def test_two_processes_train_as_one(tiny_store: Path, tmp_path: Path, together: Callable[..., list[str]]) -> None:
     """Losses, students, heads, momentum copies and statistics after four steps, in one pair of processes for all."""
     objectives = {"simclr": online("simclr")} | {name: online(name, momentum=0.9) for name in ("byol", "mocov3")}
     objectives |= {name: online("mocov3", formulation=name, target="final") for name in CACHED}
     plans = {name: recipe(objective, lr=2e-4, epochs=1, warmup_epochs=0) for name, objective in objectives.items()}
     where = {name: {"store": str(tiny_store)} if name in CACHED else data_of(tiny_store) for name in plans}
     work = [[plan.model_dump(mode="json"), str(tmp_path / f"{name}-2"), where[name]] for name, plan in plans.items()]
-    ended = together(python, json.dumps(work))
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert "find_unused_parameters" not in "".join(output for _, output in ended)
+    assert "find_unused_parameters" not in "".join(together(RANKS, json.dumps(work)))
     for name, plan in plans.items():
         run(plan, tmp_path / name, **where[name])
         assert len(losses(tmp_path / name)) == 4
