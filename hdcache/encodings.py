@@ -20,7 +20,7 @@ Legend: R rows, P prefix tokens, N patch tokens, D width, K kept components, W l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache import klt
+from hdcache.klt_decoding import Blocks, by_token, positions, unfold
 from hdcache.plain_encodings import Parts as Parts
 from hdcache.plain_encodings import Stored, decode_plain, encode_plain
 from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
@@ -130,16 +131,13 @@ class Encoder:
             prefix = torch.empty(first.shape[0], 0, card.channels, dtype=dtype, device=first.device)
         if card.encoding not in ("klt", "int8"):
             return Tokens(prefix, decode_plain(parts["values"], card.encoding, dtype))
-        stored = [klt.unfold(parts[name]) for name in ("wide", "codes") if name in card.arrays]
+        stored = [parts[name] for name in ("wide", "codes") if name in card.arrays]
         constants = self._on(first.device, dtype)
         if card.encoding == "int8":
-            return Tokens(prefix, torch.addcmul(constants["offset"], _by_token(stored, dtype), constants["scale"]))
-        if card.grid is None:
-            z = _by_token(stored, dtype)
-        else:
-            back = [constants[f"positions{axis}"] for axis in range(len(klt.positions(card.grid)))]
-            z = klt.over_grid(_joined(stored, dtype), back).transpose(1, 2).contiguous()
-        return Coded(prefix, z, constants["inverse"], constants["mean"])
+            codes = by_token([unfold(part) for part in stored], dtype)
+            return Tokens(prefix, torch.addcmul(constants["offset"], codes, constants["scale"]))
+        back = [constants[f"positions{axis}"] for axis in range(len(positions(card.grid or ())))]
+        return Coded(prefix, Blocks(stored, back, dtype), constants["inverse"], constants["mean"])
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The constants, copied once: megabytes per tap, and each copy waits for what is queued on the device."""
@@ -149,32 +147,10 @@ class Encoder:
                 if "basis" in on:
                     # Step and gain ride on the small basis, not on every code.
                     on["inverse"] = (on["basis"] * (on["step"] * on.get("gain", 1))).T
-                    back = klt.positions(self.card.grid or ())
+                    back = positions(self.card.grid or ())
                     on |= {f"positions{axis}": matrix.to(device) for axis, matrix in enumerate(back)}
                 self._held[device, dtype] = {name: value.to(dtype) for name, value in on.items()}
         return self._held[device, dtype]
-
-
-def _joined(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Integers [R, k, N] each, one after the other in ``dtype`` [R, K, N]: converted and put in place in one go."""
-    rows, tokens = stored[0].shape[0], stored[0].shape[2]
-    found = torch.empty(rows, sum(part.shape[1] for part in stored), tokens, dtype=dtype, device=stored[0].device)
-    start = 0
-    for part in stored:
-        found[:, start : start + part.shape[1]].copy_(part)
-        start += part.shape[1]
-    return found
-
-
-def _by_token(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """As :func:`_joined`, but [R, N, K]: matrix products of half precision are slow on numbers that lie transposed."""
-    rows, tokens = stored[0].shape[0], stored[0].shape[2]
-    found = torch.empty(rows, tokens, sum(part.shape[1] for part in stored), dtype=dtype, device=stored[0].device)
-    start = 0
-    for part in stored:
-        found[..., start : start + part.shape[1]].copy_(part.transpose(1, 2))
-        start += part.shape[1]
-    return found
 
 
 def _beyond(z: Tensor, limit: int) -> int:

@@ -40,8 +40,6 @@ PAYS = 0.97
 """What a DCT must make of the bytes to be worth its arithmetic and its wider integers."""
 IDLE = 0.01
 """Share of the squared error that dropping the last components may add."""
-JOINED = 512
-"""Tokens up to which the axes of a grid are transformed back in one product: it grows with their square."""
 BLOCK_BYTES = 1 << 20
 """What the codec compresses together; its own choice is smaller and costs up to 3 % more bytes."""
 
@@ -98,45 +96,12 @@ def folded(z: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     return whole, clipped
 
 
-def unfold(stored: Tensor) -> Tensor:
-    """The inverse of :func:`integers`, of any shape: int8 of uint8, int16 of uint16; what is signed already stays."""
-    if stored.dtype not in (torch.uint8, torch.uint16):
-        return stored
-    signed = torch.int8 if stored.dtype == torch.uint8 else torch.int16
-    if stored.device.type == "cpu":
-        # NumPy goes over the bytes twice as fast as torch, which has no shifts of uint16 at all.
-        whole = torch.empty_like(stored)
-        folded, out = stored.numpy(), whole.numpy()
-        sign = folded & 1
-        np.negative(sign, out=sign)
-        np.right_shift(folded, 1, out=out)
-        np.bitwise_xor(out, sign, out=out)
-        return whole.view(signed)
-    # Shifting the signed number drags its sign along; the mask drops it.
-    number = stored.view(signed)
-    return ((number >> 1) & torch.iinfo(signed).max) ^ -(number & 1)
-
-
 def over_grid(z: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Apply one matrix [n, n] along each axis of the token grid of ``z`` [R, K, N]; the shape stays."""
     found = z.reshape(*z.shape[:2], *(len(matrix) for matrix in matrices))
     for axis, matrix in enumerate(matrices):
         found = torch.movedim(torch.movedim(found, 2 + axis, -1) @ matrix.T, -1, 2 + axis)
     return found.flatten(2)
-
-
-def positions(grid: tuple[int, ...]) -> list[Tensor]:
-    """Matrices for :func:`over_grid` that undo its DCT over a token grid, float32, as few as are not too large.
-
-    One product with a matrix over two axes is many times faster than two that each move an axis to the end and back.
-    """
-    found: list[Tensor] = []
-    for n in reversed(grid):
-        back = dct_matrix(n).T.contiguous()
-        if found and n * len(found[0]) <= JOINED:
-            back = torch.kron(back, found.pop(0))
-        found.insert(0, back)
-    return found
 
 
 def components(patches: Tensor, constants: Mapping[str, Tensor], grid: tuple[int, ...] | None) -> Tensor:

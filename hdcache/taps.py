@@ -23,13 +23,12 @@ Student and teacher go through the same code, with and without gradient.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from hdcache.errors import UsageError
 from hdcache.relations import relation, split_part
@@ -71,8 +70,8 @@ class Coded:
 
     prefix: Tensor
     """[B, P, D], as they are."""
-    codes: Tensor
-    """[B, N, K]: patch tokens before the map."""
+    blocks: Iterable[Tensor]
+    """[b, N, K] each: patch tokens before the map, all rows in order, at least one block; made anew for each loop."""
     inverse: Tensor
     """[K, D], the same tensor for every batch."""
     mean: Tensor
@@ -80,7 +79,20 @@ class Coded:
 
     def tokens(self) -> Tokens:
         """The features themselves."""
-        return Tokens(self.prefix, linear(self.codes, self.inverse.T, self.mean))
+        return Tokens(self.prefix, self.mapped([(self.inverse.T, self.mean)])[0])
+
+    def mapped(self, layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Codes through linear layers, each a weight [E, K] and a bias [E]: [B, N, E] each, not differentiable."""
+        found: list[Tensor] = []
+        start = 0
+        with torch.no_grad():
+            for codes in self.blocks:
+                found = found or [codes.new_empty(len(self.prefix), codes.shape[1], len(bias)) for _, bias in layers]
+                for whole, (weight, bias) in zip(found, layers, strict=True):
+                    here = whole[start : start + len(codes)].flatten(0, 1)
+                    torch.addmm(bias, codes.flatten(0, 1), weight.T, out=here)
+                start += len(codes)
+        return found
 
 
 @dataclass(frozen=True)

@@ -42,27 +42,31 @@ class Derivation:
         asked for are not computed.
         """
         found: dict[str, Tokens | Tensor] = {}
-        parts: dict[tuple[str, str], Tensor] = {}
-        whole: dict[str, Tokens] = {}
+        parts = self._parts(taps)
         for target, source in self.plan.items():
-            value = taps[source]
+            value, asked = taps[source], parse_tap(target)
             if target == source:
                 found[target] = value.tokens() if isinstance(value, Coded) else value
-                continue
-            assert not isinstance(value, Tensor)  # noqa: S101  # attn_in and qkv are token taps
-            asked, projected = parse_tap(target), parse_tap(source).what == "qkv"
-            if projected and isinstance(value, Coded):
-                value = whole[source] = whole.get(source) or value.tokens()
-            block = self.attention[asked.block]
-            for letter in "qkv" if asked.what == "qkv" else sorted(set(asked.kind)):
-                if (source, letter) not in parts:
-                    parts[source, letter] = block.project(value, letter, projected=projected)
-            mine = {letter: part for (tap, letter), part in parts.items() if tap == source}
-            if asked.what == "qkv":
-                qkv, prefix = torch.cat([mine[letter] for letter in "qkv"], dim=-1), value.prefix.shape[1]
+            elif asked.what == "qkv":
+                assert not isinstance(value, Tensor)  # noqa: S101  # attn_in is a token tap
+                qkv, prefix = torch.cat([parts[source][letter] for letter in "qkv"], dim=-1), value.prefix.shape[1]
                 found[target] = Tokens(qkv[:, :prefix], qkv[:, prefix:])
             else:
-                found[target] = relation_of_parts(block, mine, asked.kind, asked.heads)
+                found[target] = relation_of_parts(self.attention[asked.block], parts[source], asked.kind, asked.heads)
+        return found
+
+    def _parts(self, taps: Mapping[str, Tokens | Tensor | Coded]) -> dict[str, dict[str, Tensor]]:
+        """Q, K and V, as far as targets need them, by the tap that they follow from."""
+        wanted: dict[str, set[str]] = {}
+        for target, source in self.plan.items():
+            if target != source:
+                asked = parse_tap(target)
+                wanted.setdefault(source, set()).update("qkv" if asked.what == "qkv" else asked.kind)
+        found = {}
+        for source, letters in wanted.items():
+            value, tap = taps[source], parse_tap(source)
+            assert not isinstance(value, Tensor)  # noqa: S101  # attn_in and qkv are token taps
+            found[source] = self.attention[tap.block].project(value, sorted(letters), projected=tap.what == "qkv")
         return found
 
 
@@ -89,20 +93,26 @@ class FrozenAttention(nn.Module):
             return _FrozenNorm(weights.get(f"{key}_weight"), None, epsilon, centred=False)
         return _UnknownNorm(str(kind))
 
-    def project(self, value: Tokens | Coded, letter: str, *, projected: bool) -> Tensor:
-        """Q, K or V, as ``letter`` says, [B, P + N, D]: of the block's ``attn_in``, or of its ``qkv`` (``projected``).
+    def project(self, value: Tokens | Coded, letters: Sequence[str], *, projected: bool) -> dict[str, Tensor]:
+        """Q, K and V, those of ``letters``, [B, P + N, D] each: of the block's ``attn_in``, or of its ``qkv`` (``projected``).
 
         Each is a product of its own, so that what else is asked for changes none of its bits.
         """
         width = len(self.weight) // 3
-        part = slice(width * "qkv".index(letter), width * ("qkv".index(letter) + 1))
+        columns = {letter: slice(width * i, width * (i + 1)) for i, letter in enumerate("qkv") if letter in letters}
         if projected:
-            assert isinstance(value, Tokens)  # noqa: S101  # decoded once for all three
-            return value.sequence()[..., part]
+            whole = (value.tokens() if isinstance(value, Coded) else value).sequence()
+            return {letter: whole[..., part] for letter, part in columns.items()}
         if isinstance(value, Tokens):
-            return self._project(value.sequence(), part)
-        patches = functional.linear(value.codes, *self._joined(value, letter, part))
-        return torch.cat([self._project(value.prefix, part), patches], dim=1) if value.prefix.shape[1] else patches
+            whole = value.sequence()
+            return {letter: self._project(whole, part) for letter, part in columns.items()}
+        patches = value.mapped([self._joined(value, letter, part) for letter, part in columns.items()])
+        if not value.prefix.shape[1]:
+            return dict(zip(columns, patches, strict=True))
+        return {
+            letter: torch.cat([self._project(value.prefix, part), mapped], dim=1)
+            for (letter, part), mapped in zip(columns.items(), patches, strict=True)
+        }
 
     def _project(self, x: Tensor, part: slice) -> Tensor:
         return functional.linear(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hdcache.encodings import Encoder, compresses, fit, request
 from hdcache.errors import UsageError
-from hdcache.klt import unfold
+from hdcache.klt_decoding import unfold
 from hdcache.schema import TapRequest
 from hdcache.taps import Tokens
 

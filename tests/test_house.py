@@ -50,7 +50,7 @@ LAYERS = [
         "video_vit",
         "views",
     ],
-    ["dataset_rows", "store", "taps"],
+    ["dataset_rows", "klt_decoding", "store", "taps"],
     ["backbones", "encodings", "hub_datasets", "integrity", "shrinking", "tap_requests", "targets"],
     ["packed"],
     ["datasets", "info", "teachers"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -16,7 +15,6 @@ from hdcache.encodings import Encoder, fit, request
 from hdcache.klt import (
     DEAD_ZONE,
     IDLE,
-    JOINED,
     LIMITS,
     bound,
     components,
@@ -25,10 +23,9 @@ from hdcache.klt import (
     fit_klt,
     integers,
     over_grid,
-    positions,
     rounded,
-    unfold,
 )
+from hdcache.klt_decoding import unfold
 from hdcache.taps import Tokens
 
 
@@ -63,18 +60,6 @@ def test_the_transform_keeps_energy_and_comes_back(grid: list[int], seed: int) -
     torch.testing.assert_close(over_grid(there, [matrix.T for matrix in matrices]), z, rtol=1e-4, atol=1e-5)
     # The first frequency is the mean, whatever the order of the axes.
     torch.testing.assert_close(there[..., 0], z.mean(-1) * math.sqrt(z.shape[-1]), rtol=1e-4, atol=1e-5)
-
-
-@given(grid=st.lists(st.integers(1, 30), min_size=1, max_size=3), seed=st.integers(0, 99))
-def test_it_comes_back_in_fewer_products(grid: list[int], seed: int) -> None:
-    """Joined or not, the matrices lead back; neighbouring axes are joined as long as the product is not large."""
-    z = torch.randn(1, 2, math.prod(grid), generator=torch.Generator().manual_seed(seed))
-    back = positions(tuple(grid))
-    found = over_grid(over_grid(z, [dct_matrix(side) for side in grid]), back)
-    torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
-    sizes = [len(matrix) for matrix in back]
-    assert math.prod(sizes) == math.prod(grid)
-    assert all(one * other > JOINED for one, other in itertools.pairwise(sizes))
 
 
 def test_the_transform_is_along_each_axis() -> None:
