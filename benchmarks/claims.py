@@ -88,14 +88,19 @@ class Bench:
 
     def store(self, name: str, teachers: Sequence[str], taps: Sequence[str], **options: Any) -> str:
         """Path of a store with these teachers' taps."""
-        path = self.out / f"{name}.hdc"
-        began = time.monotonic()
+        path, took = self.out / f"{name}.hdc", self.out / f"{name}.seconds.json"
+        # Over all sessions: one that only looks whether all is there takes no time worth counting.
+        seconds = json.loads(took.read_text()) if took.exists() else 0.0
+        began, written = time.monotonic(), 0
         for teacher in teachers:
-            extract(
+            done = extract(
                 self.settings.train, store=path, teachers=[teacher], taps=taps, views=self.views,
                 num_views=self.settings.num_views, quiet=False, **options,
             )  # fmt: skip
-        self.seconds[f"extract {name}"] = round(time.monotonic() - began, 1)
+            written += sum(one["rows_written"] for one in done.teachers.values())
+        if written:
+            took.write_text(json.dumps(seconds + time.monotonic() - began))
+        self.seconds[f"extract {name}"] = round(json.loads(took.read_text()) if took.exists() else 0.0, 1)
         return str(path)
 
     def train(

@@ -73,10 +73,12 @@ def dino(bank: Features, labels: Labels, queries: Features, truth: Labels) -> Pr
     classes = int(labels.max()) + 1
     rows_D, targets = torch.from_numpy(bank), torch.from_numpy(labels)
     pieces = torch.from_numpy(queries)
+    # One memory for all pieces of a k, as there.
+    one_hot = torch.zeros(0)
 
     def one(k: int, rows_DN: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
         similarity, index = (piece @ rows_DN).topk(k, largest=True, sorted=True)
-        votes = torch.zeros(len(piece) * k, classes).scatter_(1, targets[index].view(-1, 1), 1)
+        votes = one_hot.resize_(len(piece) * k, classes).zero_().scatter_(1, targets[index].view(-1, 1), 1)
         weights = (similarity / TEMPERATURE).exp()
         scores = (votes.view(len(piece), k, classes) * weights[:, :, None]).sum(1)
         return scores.sort(1, descending=True).indices[:, 0]

@@ -55,10 +55,10 @@ class Outcome:
     steps: int
     seconds: float
     """Training seconds over all sessions, those of students beside this one included."""
-    samples_per_second: float
-    """Of this session."""
-    wait_share: float
-    """Share of this session's time that was spent waiting for data."""
+    samples_per_second: float | None
+    """Of this session; None where it had no step to take."""
+    wait_share: float | None
+    """Share of this session's time that was spent on data, waiting for it or decoding it; None as above."""
     loss: float | None
     """Mean loss of the last logged interval; None where no step was logged."""
     resumed_at: int
@@ -146,7 +146,7 @@ class Learner:
     def step(self, piece: Batch, waited: float) -> bool:
         """Learn from one piece of the next batch, with the last one take an optimizer step; True if that wrote a log line.
 
-        ``waited`` are the seconds that were spent waiting for data since the batches were opened.
+        ``waited`` are the seconds that were spent on data since the batches were opened.
 
         Raises
         ------
@@ -184,7 +184,7 @@ class Learner:
         return self.log.add(position, self._parts, group, recipe.batch_size, share, last=ends) is not None
 
     def wait_share(self, waited: float) -> float:
-        """Share of this session that went by waiting for data; ``waited`` is as for :meth:`step`."""
+        """Share of this session that was spent on data; ``waited`` is as for :meth:`step`."""
         return (waited - self._waited) / max(time.monotonic() - self._started, 1e-9)
 
     def end_epoch(self) -> bool:
@@ -237,7 +237,7 @@ class Learner:
         return time.monotonic() - began
 
     def rest(self, seconds: float, waited: float = 0.0) -> None:
-        """Leave ``seconds`` that just passed, ``waited`` of them waiting for data, out of what training took."""
+        """Leave ``seconds`` that just passed, ``waited`` of them spent on data, out of what training took."""
         self._started += seconds
         self._waited += waited
         self.log.rest(seconds)
@@ -249,8 +249,8 @@ class Learner:
         self.outcome = Outcome(
             self.position.step,
             self.position.seconds,
-            done * self.recipe.batch_size / session,
-            self.wait_share(waited),
+            done * self.recipe.batch_size / session if done else None,
+            self.wait_share(waited) if done else None,
             self.log.mean,
             self.resumed_at,
             torch.cuda.max_memory_allocated(self.device) if cuda else None,

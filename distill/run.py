@@ -25,7 +25,7 @@ from hdcache.distill.learner import Learner, Monitor
 from hdcache.distill.live import choose_teachers, commands_of
 from hdcache.distill.log import LossNotFinite
 from hdcache.distill.ranks import Ranks, join_ranks, leave_ranks, rank_device
-from hdcache.distill.run_batches import Entrant, Sources, check_alike, identity
+from hdcache.distill.run_batches import Entrant, Feed, Sources, check_alike, identity
 from hdcache.distill.run_recipes import Source, named, resolve, resolve_several
 from hdcache.distill.run_report import header, report
 from hdcache.distill.run_settings import RunSettings, open_data
@@ -156,7 +156,8 @@ def _train(plans: Sequence[Recipe], folders: Sequence[Path], settings: RunSettin
     check_alike(entrants, own)
     # Nothing is read for students that have nothing to learn any more.
     behind = [entrant for entrant in entrants if saved_position(entrant.folder).epoch < entrant.recipe.epochs]
-    loader = sources.together(behind or entrants)
+    feed = Feed(sources, entrants)
+    loader = feed([entrant.folder for entrant in behind or entrants])
     own = own or [loader]
     if sources.store is None and sources.dataset.card.kind == "video":
         begun = next((folder for folder in folders if saved_facts(folder)), folders[0])
@@ -182,12 +183,19 @@ def _train(plans: Sequence[Recipe], folders: Sequence[Path], settings: RunSettin
         if ranks.first and not settings.quiet:
             for entrant, batches in zip(entrants, own, strict=True):
                 sys.stderr.write(header(entrant.recipe, batches, entrant.folder, entrant.views_name))
-        train(learners, loader, ranks=ranks, quiet=settings.quiet)
-        names = [entrant.recipe.name for entrant in behind]
-        results = [_record(one, loader, started, names, ranks) for one in learners if one.failed is None]
+        learning = [learner for learner in learners if learner.learning]
+        for learner in learning:
+            others = [other.recipe.name for other in learning if other is not learner]
+            learner.position.beside = [*dict.fromkeys([*learner.position.beside, *others])]
+        results: dict[Path, dict[str, Any]] = {}
+
+        def ended(learner: Learner, loader: Loader) -> None:
+            results[learner.folder] = _record(learner, loader, started, ranks)
+
+        train(learners, feed, ended, ranks=ranks, quiet=settings.quiet)
     check_finished(learners)
     leave_ranks(ranks)
-    return results
+    return [results[folder] for folder in folders]
 
 
 def _enter(
@@ -231,13 +239,13 @@ def _enter(
     return Sources(dataset, store, cards, live, settings.num_views), entrants
 
 
-def _record(learner: Learner, loader: Loader, started: float, names: Sequence[str], ranks: Ranks) -> dict[str, Any]:
-    """Write ``run.json`` and the finished student, unless an earlier session has; ``names`` are those of all that learnt."""
+def _record(learner: Learner, loader: Loader, started: float, ranks: Ranks) -> dict[str, Any]:
+    """Write ``run.json`` and the finished student, unless an earlier session has."""
     path = learner.folder / "run.json"
     if learner.position.step == learner.resumed_at and path.is_file():
         before: dict[str, Any] = json.loads(path.read_text())
         return before
-    result = report(learner, loader, started, [name for name in names if name != learner.recipe.name])
+    result = report(learner, loader, started)
     if ranks.first:
         learner.publish()
         durable_write(path, json.dumps(result, indent=1).encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +104,32 @@ class Sources:
                         "(--set amp=off, or bf16), or train them apart"
                     )
         return {name: dtype for name, (dtype, _) in found.items()}
+
+
+class Feed:
+    """The batches of a session, with what is read by those of its students that still learn."""
+
+    def __init__(self, sources: Sources, entrants: Sequence[Entrant]) -> None:
+        self._sources, self._entrants = sources, entrants
+        self._wanted: Wanted = {}
+        self._loader: Loader | None = None
+
+    def __call__(self, folders: Collection[Path]) -> Loader:
+        """For the students of these folders: the same loader as long as they read the same, then one that goes on from it.
+
+        Raises
+        ------
+        UsageError, InputNotFound
+            as :meth:`Sources.together`.
+        """
+        here = [entrant for entrant in self._entrants if entrant.folder in folders]
+        wanted = union(entrant.wanted for entrant in here)
+        if self._loader is None or wanted != self._wanted:
+            loader = self._sources.together(here)
+            if self._loader is not None:
+                loader.go_on_from(self._loader)
+            self._loader, self._wanted = loader, wanted
+        return self._loader
 
 
 def target_dtype(

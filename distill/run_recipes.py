@@ -68,12 +68,14 @@ def resolve_several(
     for number, plan in enumerate(found, 1):
         first = next(i for i, other in enumerate(found, 1) if other.name == plan.name)
         if first != number:
-            # Of a sweep, the numbers are not those of --set-recipe.
-            which = "two students" if swept else f"recipes {first} and {number}"
-            one = "--set-recipe N:name=OTHER" if swept else f"--set-recipe {number}:name=OTHER"
-            raise UsageError(
-                f"{which} are called {plan.name!r}, which is the name of the run's folder; give one another name: {one}"
-            )
+            # So many students come of each recipe.
+            per = len(found) // len(recipes)
+            one, other = (1 + (place - 1) // per for place in (first, number))
+            fix = f"give one another name: --set-recipe {other}:name=OTHER"
+            if one == other:
+                fix = "leave out one of two --sweep values that are spelled alike in a folder's name"
+            which = f"recipes {one} and {other}" if per == 1 else "two students"
+            raise UsageError(f"{which} are called {plan.name!r}, which is the name of the run's folder; {fix}")
     return found
 
 

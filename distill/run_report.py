@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -36,11 +36,11 @@ def header(recipe: Recipe, loader: Loader, folder: Path, name: str) -> str:
     )
 
 
-def report(learner: Learner, loader: Loader, started: float, beside: Sequence[str]) -> dict[str, Any]:
-    """The JSON-able record of the run; ``beside`` are the recipes that learnt from the same batches."""
+def report(learner: Learner, loader: Loader, started: float) -> dict[str, Any]:
+    """The JSON-able record of the run."""
     assert learner.outcome is not None  # noqa: S101  # training has ended
     recipe = learner.recipe
-    shared = {"beside": list(beside)} if beside else {}
+    shared = {"beside": learner.position.beside} if learner.position.beside else {}
     return {
         "out": str(learner.folder),
         "recipe": recipe.name,
@@ -71,9 +71,11 @@ def format_run(result: Mapping[str, Any]) -> str:
     noun = "videos" if result["data"]["kind"] == "video" else "images"
     loss = "none" if result["loss"] is None else f"{result['loss']:.4f}"
     beside = f", beside {counted(len(result['beside']), 'others')}" if "beside" in result else ""
+    rate = "no step in this session"
+    if result["samples_per_second"] is not None:
+        rate = f"{result['samples_per_second']:,.0f} samples/s, {100 * result['wait_share']:.0f} % of the time for data"
     return (
-        f"{result['recipe']}: {counted(result['steps'], 'steps')} in {duration(result['seconds'])}{beside}, {where}; "
-        f"{result['samples_per_second']:,.0f} samples/s, {100 * result['wait_share']:.0f} % of the time waiting for data; last loss {loss}\n"
+        f"{result['recipe']}: {counted(result['steps'], 'steps')} in {duration(result['seconds'])}{beside}, {where}; {rate}; last loss {loss}\n"
         f"frozen features are best read at {result['last_trained']}, the last layer that training reached\n"
         + (
             f"{counted(len(result['dropped']), noun)} could not be read and took no part (see 'dropped' in run.json)\n"

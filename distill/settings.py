@@ -100,7 +100,8 @@ class Recipe(GrownRecord):
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, sample order, jitter, drop path and masks."""
     data_seed: int | None = Field(default=None, ge=0)
-    """Decides sample order and jitter in place of seed, so that students of several seeds can train together; null: seed."""
+    """Decides what a student is shown in place of seed (sample order, jitter, without a store also crops), so that students
+    of several seeds can train together; what differs between them is then initial weights, drop path and masks. null: seed."""
     buffer_rows: int = Field(default=1024, ge=1)
     """Rows in the shuffle buffer."""
     log_every: int = Field(default=50, ge=1)

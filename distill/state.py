@@ -39,6 +39,8 @@ class Position:
     """Sums of the loss's parts since the last log line."""
     counted: int = 0
     """Steps in these sums."""
+    beside: list[str] = field(default_factory=list)
+    """Recipes of the students that learnt from the same batches, in any session."""
 
 
 def save_state(

@@ -6,9 +6,10 @@ Deliberately not here: what a step is (:mod:`hdcache.distill.learner`), and eval
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 
 from hdcache import stopping
 from hdcache.distill.learner import Learner
@@ -18,8 +19,18 @@ from hdcache.loader import Loader
 from hdcache.progress import Progress
 
 
-def train(learners: Sequence[Learner], loader: Loader, *, ranks: Ranks, quiet: bool) -> None:
+def train(
+    learners: Sequence[Learner],
+    feed: Callable[[Collection[Path]], Loader],
+    ended: Callable[[Learner, Loader], None],
+    *,
+    ranks: Ranks,
+    quiet: bool,
+) -> None:
     """Train every student to the end of its epochs, on the same batches; each has its ``outcome`` then.
+
+    ``feed`` opens what the students of some folders read, asked again before each epoch; ``ended`` is called for each
+    student that has come to its end, at once.
 
     A batch is read once. All students learn from one piece of it before the next piece is made. One that is further than
     the others, because a run was killed between two saves, waits for them. One whose loss is not finite learns no more, and
@@ -30,6 +41,7 @@ def train(learners: Sequence[Learner], loader: Loader, *, ranks: Ranks, quiet: b
     Interrupted
         when a signal asked for a stop (all states saved).
     """
+    loader = feed([learner.folder for learner in _learning(learners) or learners])
     longest, batch_size = max(learner.total for learner in learners), loader.options.batch_size
     with (
         Progress("distill", longest * batch_size, "samples", quiet=quiet or not ranks.first) as bar,
@@ -39,10 +51,11 @@ def train(learners: Sequence[Learner], loader: Loader, *, ranks: Ranks, quiet: b
             work.enter_context(learner.at_work(loader.waited))
         # Before the first step; in a resumed run, what the one before it was stopped from measuring.
         _measure(learners, learners, bar)
-        _finish(learners, loader)
+        _finish(learners, loader, ended)
         bar.skip(0 if _learning(learners) else longest * batch_size)
         saved = time.monotonic()
         while here := _learning(learners):
+            loader = feed([learner.folder for learner in here])
             (epoch, start), reached = min((learner.place, learner.position.step) for learner in here)
             bar.skip(reached * batch_size - bar.done)
             # Left early, by a stop or an error, it must end its threads at once.
@@ -71,13 +84,13 @@ def train(learners: Sequence[Learner], loader: Loader, *, ranks: Ranks, quiet: b
                 if stop and _learning(learners):
                     raise stopping.stop(f"epoch {epoch}, step {reached} saved in {_folders(learners)}")
             batches.close()
-            ended = [one for one in _learning(learners) if one.place == (epoch, loader.batches_per_epoch(epoch))]
-            if due_now := [learner for learner in ended if learner.end_epoch()]:
+            through = [one for one in _learning(learners) if one.place == (epoch, loader.batches_per_epoch(epoch))]
+            if due_now := [learner for learner in through if learner.end_epoch()]:
                 _save(due_now)
                 saved = time.monotonic()
             # After the states are safe: measuring may take long, and a scheduler may not wait.
-            _measure(ended, learners, bar)
-            _finish(ended, loader)
+            _measure(through, learners, bar)
+            _finish(through, loader, ended)
 
 
 def _learning(learners: Sequence[Learner]) -> list[Learner]:
@@ -107,17 +120,18 @@ def _measure(due: Sequence[Learner], learners: Sequence[Learner], bar: Progress)
         bar.rest(seconds)
 
 
-def _finish(learners: Sequence[Learner], loader: Loader) -> None:
+def _finish(learners: Sequence[Learner], loader: Loader, ended: Callable[[Learner, Loader], None]) -> None:
     for learner in learners:
-        if not learner.learning:
+        if not learner.learning and learner.failed is None:
             learner.finish(loader.waited)
+            ended(learner, loader)
 
 
 def _facts(learners: Sequence[Learner], wait_share: float) -> str:
     """What the bar says beside the rate: the last mean loss of every student, in their order."""
     means = (learner.log.mean for learner in learners)
     losses = " ".join("-" if mean is None else f"{mean:.4f}" for mean in means)
-    return f"loss {losses}  waiting for data {100 * wait_share:.0f} %"
+    return f"loss {losses}  for data {100 * wait_share:.0f} %"
 
 
 def _folders(learners: Sequence[Learner]) -> str:

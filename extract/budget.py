@@ -7,7 +7,6 @@ taken again and again, as long as it fits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from hdcache.encodings import Encoder, fit
 from hdcache.errors import UsageError
 from hdcache.klt import prepare
 from hdcache.progress import size
+from hdcache.resources import parse_bytes
 from hdcache.schema import TapRequest
 from hdcache.taps import Tokens
 
@@ -28,7 +28,6 @@ CURVE_ROWS = 48
 """Rows that curves are measured on."""
 SAFETY = 0.97
 """Share of the budget that is spread: rows that were not measured may need more."""
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,6 @@ class Point:
     bytes: float
     error: float
     """Squared relative error."""
-
-
-def parse_bytes(text: str | int) -> int:
-    """``100GB``, ``1.5TB``, ``800 MB`` or a plain number; powers of 1000.
-
-    Raises
-    ------
-    UsageError
-        for anything else.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)B?\s*", str(text), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise UsageError(f"budget {text!r} is no number of bytes; say for example 100GB or 1.5TB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def budget_share(budget: str | int | None, fidelity: float | None, teachers: int) -> int | None:
@@ -67,7 +52,7 @@ def budget_share(budget: str | int | None, fidelity: float | None, teachers: int
         return None
     if fidelity is not None:
         raise UsageError("budget chooses the fidelity of each tap; leave one of the two out")
-    return parse_bytes(budget) // max(1, teachers)
+    return parse_bytes(budget, "budget") // max(1, teachers)
 
 
 def with_budget(requests: Sequence[TapRequest], budget: int, rows: int) -> list[TapRequest]:

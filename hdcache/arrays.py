@@ -226,8 +226,12 @@ class ArrayReader:
             size = self._check(name)
             self._prove(name)
             try:
+                chunk = self._layout.chunk
+                chunks = sorted({(n - base) // chunk for n in range(first, last) if into[n - start] is not None})
+                if not chunks:
+                    continue
                 with open(self._folder / name, "rb", buffering=0) as file:
-                    for row, block in self._layout.read(file.fileno(), size, first - base, last - base):
+                    for row, block in self._layout.read(file.fileno(), size, chunks):
                         for number in range(max(first, base + row), min(last, base + row + len(block))):
                             place = into[number - start]
                             if place is not None:

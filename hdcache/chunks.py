@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 _CRC: dict[str, Any] = {"name": "crc32c"}
 _LITTLE: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
-_BLOSC_SIZE = slice(4, 8)
-"""Where blosc's header says how many bytes come out."""
+_BLOSC_HEADER = 16
+_BLOSC_SIZE, _BLOSC_PACKED = slice(4, 8), slice(12, 16)
+"""Where blosc's header says how many bytes come out, and how many it is made of."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class ShardLayout:
             return None
         return cls(tuple(row), metadata["data_type"], chunk, shard // chunk, compressed)
 
-    def read(self, file: int, size: int, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.generic]]]:
-        """The chunks that hold rows ``[start, stop)`` of a shard: each one's first row, and all of its rows.
+    def read(self, file: int, size: int, chunks: Sequence[int]) -> Iterator[tuple[int, NDArray[np.generic]]]:
+        """These chunks of a shard, by number: each one's first row, and all of its rows.
 
         ``file`` is the descriptor of the shard's file, of ``size`` bytes. The memory of a chunk is that of the one before,
         and of every chunk that this thread reads of this array.
@@ -75,10 +76,16 @@ class ShardLayout:
         if not hasattr(self._local, "block"):
             self._local.block = np.empty((self.chunk, *self.row), self.dtype)
         block: NDArray[np.generic] = self._local.block
-        for number in range(start // self.chunk, -(-stop // self.chunk)):
+        for number in chunks:
             offset, length = index[number]
             if length <= 4 or offset + length > size:
                 raise ValueError(f"the index places chunk {number} outside of the shard")
+        if hasattr(os, "posix_fadvise") and len(chunks) > 1:
+            # Else the disk works on one chunk while nothing is decoded, then rests while one is.
+            first, last = (index[chunks[place]] for place in (0, -1))
+            os.posix_fadvise(file, first[0], max(0, sum(last) - first[0]), os.POSIX_FADV_WILLNEED)
+        for number in chunks:
+            offset, length = index[number]
             self._decode(_checked(os.pread(file, length, offset), length), block)
             yield number * self.chunk, block
 
@@ -89,14 +96,21 @@ class ShardLayout:
         return _checked(os.pread(file, length, size - length), length).view("<u8").reshape(-1, 2).tolist()
 
     def _decode(self, data: NDArray[np.uint8], block: NDArray[np.generic]) -> None:
-        size = int.from_bytes(data[_BLOSC_SIZE].tobytes(), "little") if self.blosc else data.size
+        size = _number(data, _BLOSC_SIZE) if self.blosc else data.size
         if size != block.nbytes:
             raise ValueError("a chunk of another size")
         if self.blosc:
+            # The library trusts its header, and would read what lies behind a chunk that says it is longer.
+            if data.size < _BLOSC_HEADER or _number(data, _BLOSC_PACKED) != data.size:
+                raise ValueError("a chunk whose header names another length than its own")
             # From any thread but the main one, this leaves Python's lock.
             blosc.decompress(data, block)
         else:
             block.reshape(-1).view(np.uint8)[...] = data
+
+
+def _number(data: NDArray[np.uint8], place: slice) -> int:
+    return int.from_bytes(data[place].tobytes(), "little")
 
 
 def _checked(data: bytes, length: int) -> NDArray[np.uint8]:

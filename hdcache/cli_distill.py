@@ -116,6 +116,7 @@ def chain(
     Every stage extracts what its recipe reads, then trains. The same command again goes on.
     """
     prepare(quiet, verbose)
+    keep_freed_memory()
     from hdcache.chain import distill_chain, format_chain
 
     result = distill_chain(

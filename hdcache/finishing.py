@@ -26,15 +26,16 @@ class Finisher:
 
     def finish(self, ready: HostBatch, epoch: int, view: int, index: int) -> Batch:
         """``ready`` on the device of the options, with its targets; on a GPU the work is queued, not awaited."""
-        with self.stages.of("finish"):
-            slots = len(ready.augment)
-            targets: dict[str, dict[str, Tokens | Tensor]] = {}
-            for target in self.stored:
-                arrays = {name: self._to_device(value) for name, value in ready.arrays[target.name].items()}
-                targets[target.name] = target.finish(arrays)
+        slots = len(ready.augment)
+        targets: dict[str, dict[str, Tokens | Tensor]] = {}
+        with self.stages.of("teachers"):
             for live, pixels in zip(self.live, ready.pixels[slots:], strict=True):
                 visible = ready.visible.get(live.name)
                 targets[live.name] = live.finish(pixels, None if visible is None else visible.numpy())
+        with self.stages.of("finish"):
+            for target in self.stored:
+                arrays = {name: self._to_device(value) for name, value in ready.arrays[target.name].items()}
+                targets[target.name] = target.finish(arrays)
             images = [self._student_view(ready.pixels[slot], ready.augment[slot], slot) for slot in range(slots)]
             # Where no images are wanted, they have no pixels.
             first = images[0] if images else torch.empty(len(ready.ids), 0, device=self.options.device)

@@ -6,6 +6,7 @@ and the Rust reader cannot be forked. Stored codes travel to the device as they 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,9 +95,12 @@ class Loader:
         self._replays = store is not None and (bool(self.readers) or not options.fresh)
         self.views = self._usable_views(num_views)
         self._geometry: dict[int, Table] = {}
-        self.waited = 0.0
-        """Seconds that the consumer has spent waiting for batches."""
-        self._stages, self._memory = Stages(), HostMemory(pinned=options.device.type == "cuda")
+        self._awaited = 0.0
+        self._prefetch, most = self._affordable_prefetch()
+        on_gpu = options.device.type == "cuda"
+        self._stages, self._memory = Stages(), HostMemory(pinned=on_gpu, limit=most)
+        # One for all epochs: memory that was freed on a stream is used again on that stream alone.
+        self._stream = torch.cuda.Stream(options.device) if on_gpu else None  # type: ignore[no-untyped-call]  # torch's constructor has no types
         self._collator = Collator(
             self.rendering, options, self.ids, self.labels, self.stored, self.live, self._memory, self._stages
         )
@@ -107,7 +111,6 @@ class Loader:
         """Those of them that were known before the first step, and that no batch asks for."""
         self._present = np.ones(len(self.ids), bool)
         self._next_epoch = 0
-        self._prefetch = self._affordable_prefetch()
 
     def leave_out(self, unreadable: Mapping[str, str]) -> None:
         """Take no row of these samples, id -> reason, as a store takes none that failed; said before the first step."""
@@ -115,18 +118,30 @@ class Loader:
         self.dropped.update(self.left_out)
         self._present = np.array([sample_id not in self.left_out for sample_id in self.ids])
 
-    def _affordable_prefetch(self) -> int:
-        """Batches to prepare ahead: what was asked for, or as many as fit the byte budget. The order never changes."""
+    def go_on_from(self, other: Loader) -> None:
+        """Take over what ``other``, of the same rows and views, has counted, and what it knows to be unreadable."""
+        self.leave_out(other.left_out)
+        self.dropped.update(other.dropped)
+        self._awaited += other._awaited
+        self._stages.add(other.stages)
+
+    def _affordable_prefetch(self) -> tuple[int, int]:
+        """Batches to prepare ahead, and the bytes that they and what is read for them need at most.
+
+        As many as were asked for, or as fit the byte budget. The order never changes.
+        """
         options = self.options
         stored = sum(target.reader.bytes_per_row(target.derivation.taps) for target in self.stored)
         images = sum(3 * (wanted.frames or 1) * wanted.size**2 for wanted in self.rendering.inputs if options.images)
         local = -(-options.batch_size // options.world)
         budget = memory_budget()
         for prefetch in range(options.prefetch, 0, -1):
-            # Runs are held from one buffer ahead of the batch that needs them; gathered batches wait beside them.
-            rows = 2 * -(-max(options.buffer_rows, options.batch_size) // options.world) + prefetch * local
-            if stored * (rows + prefetch * local) + images * (prefetch + 1) * local <= budget:
-                return prefetch
+            # Runs are read one buffer ahead of the batch that needs them, and a run at the end of that one has rows of the
+            # next; gathered batches wait beside them.
+            rows = 3 * -(-max(options.buffer_rows, options.batch_size) // options.world) + prefetch * local
+            needed = stored * (rows + prefetch * local) + images * (prefetch + 1) * local
+            if needed <= budget:
+                return prefetch, needed
         raise UsageError(
             f"batches of {local} rows with a shuffle buffer of {options.buffer_rows} rows need more than the "
             f"{budget / 1e9:.1f} GB that may be used for them ({stored:,} bytes of targets a row); "
@@ -208,8 +223,7 @@ class Loader:
 
         A last batch of fewer rows than processes leaves some of them an empty one (``drop_last`` leaves it out).
         """
-        view, device, finish = self._view(epoch), self.options.device, self._finisher.finish
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # torch's constructor has no types
+        view, stream, finish = self._view(epoch), self._stream, self._finisher.finish
         waiting: tuple[Batch, torch.cuda.Event] | None = None
         with closing(self.host_batches(epoch, start)) as batches:
             for number, ready in enumerate(batches, start):
@@ -239,37 +253,46 @@ class Loader:
         runs = Runs(self.stored, view, len(self.ids), shares, memory=self._memory, stages=self._stages)
         table, samples = self._table(view)
         ahead = max(self._prefetch, -(-options.buffer_rows // options.batch_size))
-        with (
-            ThreadPoolExecutor(options.threads, "decode") as decoding,
-            ThreadPoolExecutor(max(READERS, options.threads), "read") as reading,
-            ThreadPoolExecutor(1, "collate") as collating,
-        ):
-            pending: list[Future[HostBatch]] = []
-            try:
-                for number in range(len(shares)):
-                    runs.request(reading, number + ahead + 1)
-                    for rows in shares[number + len(pending) : number + self._prefetch]:
-                        opened = self._collator.open(decoding, view, epoch, rows, samples, table)
-                        pending.append(
-                            collating.submit(
-                                self._collator.collate, runs, number + len(pending), samples[rows], opened, epoch, view
-                            )
+        decoding = ThreadPoolExecutor(options.threads, "decode")
+        reading = ThreadPoolExecutor(max(READERS, options.threads), "read")
+        collating = ThreadPoolExecutor(1, "collate")
+        # Looked up now: when the interpreter ends, modules may go before an iterator that nobody finished.
+        interpreter_ends = sys.is_finalizing
+        pending: list[Future[HostBatch]] = []
+        try:
+            for number in range(len(shares)):
+                runs.request(reading, number + ahead + 1)
+                for rows in shares[number + len(pending) : number + self._prefetch]:
+                    opened = self._collator.open(decoding, view, epoch, rows, samples, table)
+                    pending.append(
+                        collating.submit(
+                            self._collator.collate, runs, number + len(pending), samples[rows], opened, epoch, view
                         )
-                    began = time.perf_counter()
-                    ready = pending.pop(0).result()
-                    self.waited += time.perf_counter() - began
-                    yield ready
-            finally:
+                    )
+                began = time.perf_counter()
+                ready = pending.pop(0).result()
+                self._awaited += time.perf_counter() - began
+                yield ready
+        finally:
+            # By then all threads have been joined.
+            if not interpreter_ends():
                 for pool in (collating, decoding, reading):
                     pool.shutdown(wait=False, cancel_futures=True)
+                for pool in (collating, decoding, reading):
+                    pool.shutdown()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the consumer has spent on data: waiting for batches and finishing them; not those of live teachers."""
+        return self._awaited + self._stages.seconds()["finish"]
 
     @property
     def stages(self) -> dict[str, float]:
         """Seconds by stage, of all epochs so far.
 
         ``read`` and ``images`` are the sums over the threads that read targets and open images; ``await_images``,
-        ``await_targets`` and ``collate`` are those of the one thread that puts batches together, and ``finish`` (copies,
-        decoding, live teachers) those of the consumer. Of its time it has also spent :attr:`waited` for batches.
+        ``await_targets`` and ``collate`` are those of the one thread that puts batches together, ``finish`` (copies, decoding,
+        jitter) and ``teachers`` (live ones) those of the consumer; on a GPU both are queued, not awaited.
         """
         return self._stages.seconds()
 

@@ -3,8 +3,9 @@
 Rows are stored in runs that are read together, and several ranks should not all read everything. So an epoch is
 laid out in three steps: runs are permuted; consecutive runs fill a buffer that is cut into *lanes*, and rows are
 permuted inside each lane; every global batch takes an equal part of each lane, lane after lane. A rank's share of
-a batch is a contiguous piece of it, which is a set of whole lanes when the number of ranks divides the lanes: each
-rank then reads its own runs only, while the global batches are the same for any number of ranks.
+a batch is a contiguous piece of it, which is a set of whole lanes when the number of ranks divides the lanes. Where a
+lane is also whole runs (as of batches that are a power of two, without failed rows), each rank reads its own runs only;
+else those at the ends of its lanes are read by two. The global batches are the same for any number of ranks.
 """
 
 from __future__ import annotations

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+
+from hdcache.errors import UsageError
 
 MOST_THREADS = 16
 MOST_BYTES = 8 << 30
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
+
+
+def parse_bytes(text: str | int, what: str) -> int:
+    """``100GB``, ``1.5TB``, ``800 MB``, ``2e9`` or a plain number; powers of 1000.
+
+    Raises
+    ------
+    UsageError
+        for anything else, of ``what``.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMGT]?)B?\s*", str(text), re.IGNORECASE)
+    if match is None or not 1 <= float(match[1]) * UNITS[match[2].upper()] < 1 << 63:
+        raise UsageError(f"{what} {text!r} is no number of bytes; say for example 100GB or 1.5TB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def memory_budget() -> int:
     """Bytes that one process may hold in prepared data: HDCACHE_BUFFER_BYTES, or its share of a quarter of the memory."""
     asked = os.environ.get("HDCACHE_BUFFER_BYTES")
     if asked is not None:
-        return int(float(asked))
+        return parse_bytes(asked, "HDCACHE_BUFFER_BYTES")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 4 * MOST_BYTES
     return min(MOST_BYTES, memory // 4) // ranks_here()
 

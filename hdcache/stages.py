@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-STAGES = ("read", "images", "await_images", "await_targets", "collate", "finish")
+STAGES = ("read", "images", "await_images", "await_targets", "collate", "finish", "teachers")
 
 
 class Stages:
@@ -26,6 +26,12 @@ class Stages:
         finally:
             spent = time.perf_counter() - began
             with self._lock:
+                self._seconds[stage] += spent
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count these seconds too, by stage."""
+        with self._lock:
+            for stage, spent in seconds.items():
                 self._seconds[stage] += spent
 
     def seconds(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdcache.errors import StoreMismatch, UsageError
-from hdcache.extract.budget import Point, _spread, fit_within_budget, parse_bytes, with_budget
+from hdcache.extract.budget import Point, _spread, fit_within_budget, with_budget
 from hdcache.extract.plan import plan
 from hdcache.extract.run import extract
 from hdcache.store import Store
@@ -34,28 +34,6 @@ def known(spreads: dict[str, float]) -> dict[str, tuple[Tokens, Tokens]]:
         tap: (tokens(80, spread, seed), tokens(20, spread, seed + 9))
         for seed, (tap, spread) in enumerate(spreads.items())
     }
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("100GB", 10**11),
-        ("1.5 TB", 15 * 10**11),
-        ("800mb", 8 * 10**8),
-        ("12345", 12345),
-        (7, 7),
-        (".5k", 500),
-        ("3B", 3),
-    ],
-)
-def test_numbers_of_bytes(text: str | int, count: int) -> None:
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "GB", "ten", "-3GB", "0", "1GiB", "1e9", "5 PB"])
-def test_what_is_no_number_of_bytes(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no number of bytes; say for example 100GB or 1\.5TB"):
-        parse_bytes(text)
 
 
 @pytest.mark.parametrize("budget", [60, 120, 300])

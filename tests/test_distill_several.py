@@ -50,7 +50,9 @@ def left(folder: Path) -> dict[str, Any]:
     found["log"] = [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries]
     with safe_open(folder / "state.safetensors", "pt") as file:
         found["about"] = json.loads(file.metadata()["about"])
-        found["position"] = {k: v for k, v in json.loads(file.metadata()["position"]).items() if k != "seconds"}
+        found["position"] = {
+            k: v for k, v in json.loads(file.metadata()["position"]).items() if k not in ("seconds", "beside")
+        }
         found |= {f"state/{key}": file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118  # not a dict
     return found
 
@@ -139,7 +141,63 @@ def test_teachers_in_the_loop_run_once_for_all(
     for recipe in online:
         check_same(tmp_path / "own" / recipe.name, tmp_path / "all" / recipe.name)
     check_same(own / "labels", tmp_path / "all" / "labels")
-    assert len(calls) == 4 * 4 * 2, "pieces of the batches of the longest run"
+    assert len(calls) == 3 * 4 * 2, "pieces of the batches of the longest run that has a teacher"
+
+
+def test_nothing_is_read_for_those_that_have_ended(
+    tiny_store: Path, tmp_path: Path, called: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of a teacher that only they read, nor of a tap; the others are the students of their own runs."""
+    long = called("long", "supervised-tiny", epochs=5)
+    middle = called("middle", objective__strategy="feature", epochs=3)
+    short = called("short", epochs=1, warmup_epochs=0)
+    own_runs([long, middle], tmp_path / "own", store=tiny_store)
+    reads: list[list[str]] = []
+    read = StoredTargets.read
+    monkeypatch.setattr(
+        StoredTargets, "read", lambda self, *run: (reads.append(list(self.derivation.taps)), read(self, *run))[1]
+    )
+    distill_several([long, middle, short], out=tmp_path / "all", store=tiny_store, **CPU)
+    together, alone = ["block3.attn_in", "block3.out"], ["block3.out"]
+    assert reads == [together] * 2 + [alone] * 4, "two runs of rows in each epoch"
+    for recipe in (long, middle):
+        check_same(tmp_path / "own" / recipe.name, tmp_path / "all" / recipe.name)
+
+
+def test_a_record_is_written_when_its_student_ends(
+    tiny_store: Path, tmp_path: Path, called: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the last one does: what a kill leaves of the one that had ended is whole, and stays as it is."""
+    recipes = [called("short", epochs=1, warmup_epochs=0), called("long", epochs=3)]
+    step = Learner.step
+
+    def stopped(self: Learner, piece: Any, waited: float) -> bool:
+        if piece.epoch == 1:
+            raise KeyboardInterrupt
+        return step(self, piece, waited)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            distill_several(recipes, out=tmp_path / "all", store=tiny_store, **CPU)
+    written = json.loads((tmp_path / "all" / "short" / "run.json").read_text())
+    assert written["samples_per_second"] > 0
+    assert written["resumed_at"] == 0
+    assert not (tmp_path / "all" / "long" / "run.json").exists()
+    found = distill_several(recipes, out=tmp_path / "all", store=tiny_store, **CPU)
+    assert found[0] == written
+    assert found[1]["beside"] == ["short"], "of the session before"
+    assert found[1]["resumed_at"] == 4
+
+
+def test_a_record_that_was_lost_claims_no_rate(tiny_store: Path, tmp_path: Path, called: Make) -> None:
+    recipe = called("a", epochs=1, warmup_epochs=0)
+    first = distill(recipe, out=tmp_path / "a", store=tiny_store, **CPU)
+    (tmp_path / "a" / "run.json").unlink()
+    again = distill(recipe, out=tmp_path / "a", store=tiny_store, **CPU)
+    assert (again["samples_per_second"], again["wait_share"]) == (None, None)
+    assert {key: again[key] for key in ("steps", "loss")} == {key: first[key] for key in ("steps", "loss")}
+    assert "no step in this session; last loss" in format_run(again)
 
 
 def test_teachers_in_the_loop_without_a_store(tiny_store: Path, tmp_path: Path, called: Make, tiny: str) -> None:
@@ -286,8 +344,8 @@ def test_a_run_goes_on_beside_others_and_alone(
     monkeypatch.setattr(StoredTargets, "read", lambda *_: reads.append(1))
     found = distill_several(several[:3], out=out, store=tiny_store, **CPU)
     monkeypatch.undo()
-    assert [result["resumed_at"] for result in found] == [12, 0, 12]
-    assert "beside" not in found[2], "the others had ended"
+    assert [result["resumed_at"] for result in found] == [0, 0, 12]
+    assert found[2]["beside"] == ["relations"], "of the session before; the others had ended by then"
     assert not reads, "what the finished students read is not read"
     assert (out / "features" / "run.json").read_bytes() == before
     assert distill_several(several, out=out, store=tiny_store, **CPU)[:3] == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -65,3 +66,51 @@ def test_what_is_held_is_never_given_out_again(steps: list[tuple[int, bool]]) ->
             held.append(fresh)
         elif held:
             held.pop()
+
+
+def test_no_more_than_the_limit_waits_to_be_used_again() -> None:
+    """Whatever a consumer held at once, and in however many sizes."""
+    memory = HostMemory(limit=1000)
+    held = [memory.empty((100,), "uint8") for _ in range(50)]
+    held.clear()
+    assert 0 < waiting(memory) <= 1000
+    for size in range(1, 200):
+        memory.empty((size,), "uint8")
+        assert waiting(memory) <= 1000
+    memory.empty((5000,), "uint8")
+    assert waiting(memory) <= 1000
+    place = memory.empty((64,), "uint8").data_ptr()
+    assert memory.empty((64,), "uint8").data_ptr() == place, "sizes that nobody asks for make way"
+
+
+def waiting(memory: HostMemory) -> int:
+    found = sum(piece.nbytes for pieces in memory._free.values() for piece in pieces)
+    assert found == memory._waiting
+    return found
+
+
+def test_threads_share_it() -> None:
+    memory = HostMemory(limit=4096)
+
+    def work(number: int) -> bool:
+        mine = [memory.empty((256,), "uint8").fill_(number % 251) for _ in range(4)]
+        return all(bool((one == number % 251).all()) for one in mine)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(2000)))
+    assert waiting(memory) <= 4096
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_pinned_memory_is_not_used_again_while_it_is_copied() -> None:
+    memory, stream = HostMemory(pinned=True), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's constructor has no types
+    found = []
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        for number in range(20):
+            batch = memory.empty((1 << 20,), "uint8").fill_(number)
+            assert batch.is_pinned()
+            found.append(batch.to("cuda", non_blocking=True))
+            del batch
+    torch.cuda.synchronize()
+    assert [set(value.unique().tolist()) for value in found] == [{number} for number in range(20)]

@@ -3,10 +3,11 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +540,54 @@ def test_runs_in_memory_are_bounded_by_the_buffer(tiny_store: Path, monkeypatch:
     assert max(rows) <= 2 * 8 + 4
     assert not last[0]._futures
     assert not last[0]._buffers
+
+
+@pytest.mark.parametrize("batch", [4, 6, 10, 42])
+def test_what_is_held_is_what_was_counted_on(holed: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With failed rows, batches that are no whole runs and runs at the end of a buffer, within the bytes that were agreed."""
+    monkeypatch.setattr("hdcache.runs.RUN_ROWS", 3)
+    monkeypatch.setattr(loader_module, "RUN_ROWS", 3)
+    loader = make(holed, batch_size=batch, buffer_rows=12, prefetch=1)
+    row = sum(target.reader.bytes_per_row(target.derivation.taps) for target in loader.stored)
+    gather, held = Runs.gather, []
+
+    def watch(self: Runs, *arguments: Any) -> Any:
+        held.append(row * sum(len(next(iter(next(iter(b.arrays.values())).values()))) for b in self._buffers.values()))
+        return gather(self, *arguments)
+
+    monkeypatch.setattr(Runs, "gather", watch)
+    list(loader.epoch(0))
+    assert max(held) <= loader._memory.limit
+
+
+def test_an_iterator_that_nobody_finished_ends_with_the_interpreter(
+    tiny_store: Path, python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Silently, as at a notebook's end."""
+    code = """
+import sys
+import hdcache
+store = hdcache.open_store(sys.argv[1])
+batches = iter(store.loader({"t": ["final"]}, batch_size=4, size=32))
+print(len(next(batches).ids))
+"""
+    process = python(code, tiny_store)
+    assert process.communicate(timeout=120)[0] == "4\n"
+    assert process.returncode == 0
+
+
+def test_a_loader_goes_on_from_another(holed: Path) -> None:
+    """Of the same batches, with less to read: what the first has counted and dropped is not forgotten."""
+    one, other = make(holed), make(holed)
+    list(one.epoch(0))
+    one.leave_out({"x": "gone"})
+    before, waited = one.stages, one.waited
+    assert waited >= before["finish"] > 0
+    other.go_on_from(one)
+    assert (other.stages, other.waited) == (before, waited)
+    assert other.left_out == other.dropped == {"x": "gone"}
+    list(other.epoch(1))
+    assert other.waited > waited
 
 
 def test_waiting_is_counted(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

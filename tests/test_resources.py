@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from hdcache.errors import UsageError
 from hdcache.resources import (
     MOST_BYTES,
     MOST_THREADS,
     available_cores,
     keep_freed_memory,
     memory_budget,
+    parse_bytes,
     ranks_here,
 )
 
@@ -34,6 +37,40 @@ def test_ranks_of_one_machine_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_user_may_set_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "2e9")
     assert memory_budget() == 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("100GB", 10**11),
+        ("1.5 TB", 15 * 10**11),
+        ("800mb", 8 * 10**8),
+        ("12345", 12345),
+        (7, 7),
+        (".5k", 500),
+        ("3B", 3),
+        ("2e9", 2 * 10**9),
+        ("1.5e3 KB", 1_500_000),
+    ],
+)
+def test_numbers_of_bytes(text: str | int, count: int) -> None:
+    assert parse_bytes(text, "budget") == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "ten", "-3GB", "0", "1GiB", "5 PB", "1e99", "1e-3", "nan", "inf"])
+def test_what_is_no_number_of_bytes(text: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"^budget {re.escape(repr(text))} is no number of bytes; say for example 100GB or 1\.5TB"
+    ):
+        parse_bytes(text, "budget")
+
+
+def test_the_memory_that_the_user_sets_is_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "8GB")
+    assert memory_budget() == 8 * 10**9
+    monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "lots")
+    with pytest.raises(UsageError, match=r"^HDCACHE_BUFFER_BYTES 'lots' is no number of bytes; say for example 100GB"):
+        memory_budget()
 
 
 def test_freed_memory_is_kept() -> None:

@@ -75,8 +75,10 @@ def test_names_of_a_sweep_are_those_of_folders_and_differ(rates: list[float]) ->
         ({"recipes": []}, "nothing to train; name at least one recipe"),
         ({"recipes": ["tinymim-tiny"] * 2}, "^recipes 1 and 2 are called 'tinymim-tiny', which is the name of the run's folder; "
          "give one another name: --set-recipe 2:name=OTHER$"),
-        ({"recipes": ["tinymim-tiny"] * 2, "sweep": {"lr": "1,2"}}, "^two students are called 'tinymim-tiny-lr-1', "),
-        ({"sweep": {"lr": "0.1,0.1"}}, "two students are called 'tinymim-tiny-lr-0.1'"),
+        ({"recipes": ["tinymim-tiny"] * 2, "sweep": {"lr": "1,2"}}, "^two students are called 'tinymim-tiny-lr-1', "
+         "which is the name of the run's folder; give one another name: --set-recipe 2:name=OTHER$"),
+        ({"sweep": {"lr": "0.1,0.1"}}, "^two students are called 'tinymim-tiny-lr-0.1', which is the name of the run's folder; "
+         "leave out one of two --sweep values that are spelled alike in a folder's name$"),
         ({"recipe_overrides": {3: {"lr": 1}}}, "^--set-recipe 3: there are recipes 1 to 2$"),
         ({"recipe_overrides": {0: {"lr": 1}}}, "^--set-recipe 0: there are recipes 1 to 2$"),
         ({"sweep": {"lr": ""}}, "^--sweep lr= has no values; give them with commas between, such as lr=1e-3,3e-4$"),

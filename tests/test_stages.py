@@ -40,3 +40,10 @@ def test_what_is_returned_is_a_copy() -> None:
     stages = Stages()
     stages.seconds()["read"] = 5
     assert stages.seconds()["read"] == 0
+
+
+def test_what_another_counted_is_added() -> None:
+    stages = Stages()
+    stages.add({"read": 2.0, "finish": 1.0})
+    stages.add({"read": 3.0})
+    assert stages.seconds() == dict.fromkeys(STAGES, 0.0) | {"read": 5.0, "finish": 1.0}
