@@ -86,3 +86,16 @@ def test_what_is_signed_stays() -> None:
     signed = torch.tensor([-3, 0, 5], dtype=torch.int8)
     assert unfold(signed) is signed
     assert unfold(torch.from_numpy(np.array([0, 1, 2], np.uint16))).dtype == torch.int16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("grid", [None, (3, 4)])
+def test_a_gpu_makes_the_same_tokens(grid: tuple[int, ...] | None) -> None:
+    """Integers to the bit, through another way of unfolding; products up to rounding; all rows in one block."""
+    stored = [folded(drawn(40, 2, 12, spread=9000), "uint16"), folded(drawn(40, 3, 12, seed=1), "uint8")]
+    for part in stored:
+        assert torch.equal(unfold(part.cuda()).cpu(), unfold(part))
+    expected = torch.cat(list(Blocks(stored, positions(grid or ()), torch.float32)))
+    back = [matrix.cuda() for matrix in positions(grid or ())]
+    (found,) = Blocks([part.cuda() for part in stored], back, torch.float32)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-1)

@@ -76,7 +76,7 @@ def make(root: Path, wanted: dict[str, list[str]] | None = None, **more: Any) ->
     views = {"num_views": more.pop("num_views", None)}
     options = Options(**({"batch_size": 8, "preprocessing": SHOWN, "buffer_rows": 16} | more))
     store = Store.open(root / "s")
-    stored, _ = open_targets(store, WANTED if wanted is None else wanted)
+    stored, _ = open_targets(store, WANTED if wanted is None else wanted, device=options.device)
     return Loader(open_data(root), options, views=store.card.views, store=store, stored=stored, **views)
 
 
@@ -588,6 +588,21 @@ def test_a_loader_goes_on_from_another(holed: Path) -> None:
     assert other.left_out == other.dropped == {"x": "gone"}
     list(other.epoch(1))
     assert other.waited > waited
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_a_gpu_are_those_of_the_cpu(holed: Path) -> None:
+    """Pinned memory and a stream of its own: while the GPU is busy, no batch sees what another is made of."""
+    plain, other = make(holed), make(holed, device=torch.device("cuda"))
+    for epoch in range(2):
+        expected, found = list(plain.epoch(epoch)), []
+        for batch in other.epoch(epoch):
+            torch.cuda._sleep(50_000_000)
+            found.append(batch)
+        assert ids_of(found) == ids_of(expected)
+        for one, two in zip(expected, found, strict=True):
+            for mine, theirs in zip(tensors(one), tensors(two), strict=True):
+                torch.testing.assert_close(theirs.cpu(), mine, rtol=1e-4, atol=1e-4)
 
 
 def test_waiting_is_counted(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
