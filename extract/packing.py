@@ -1,7 +1,8 @@
 """Copies every sample's bytes into the store, shard by shard, and seals them: ``hdcache extract --pixels``.
 
-Samples lie in the order of view 0's rows (:mod:`hdcache.packed`). A shard is written sample by sample and its receipt last,
-so a killed run, rerun, ends in the same bytes; no more than a few samples are in memory.
+Samples lie in the order of view 0's rows (:mod:`hdcache.packed`). A shard is written sample by sample beside what is there
+and takes its place at once, so a killed run loses nothing and, rerun, ends in the same bytes; no more than a few samples
+are in memory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 from hdcache import stopping
 from hdcache.arrays import ShardWriter, group_metadata
 from hdcache.datasets import Dataset, Source, digest
-from hdcache.durable import durable_parts, durable_write
+from hdcache.durable import durable_parts, durable_write, partial_files
 from hdcache.errors import InputNotFound, OutOfSpace, StoreLocked, StoreMismatch, UnreadableImage
-from hdcache.extract.writer import is_recorded, write_once
+from hdcache.extract.writer import is_recorded, salvaged, write_once
 from hdcache.integrity import view_ledger
 from hdcache.packed import (
     BYTES,
@@ -49,6 +50,8 @@ ENOUGH_TO_JUDGE = 8
 PROBED = 32
 """Samples that are read to estimate the bytes of all."""
 WAIT_SECONDS = 0.2
+_NOTHING = hashlib.sha256().digest()
+"""Digest of a sample that could not be read."""
 
 
 def pack(store: Store, dataset: Dataset, *, threads: int, quiet: bool = True) -> Dataset:
@@ -67,7 +70,8 @@ def pack(store: Store, dataset: Dataset, *, threads: int, quiet: bool = True) ->
     OutOfSpace
         before anything is written, when the samples will not fit.
     StoreMismatch
-        when a sample is not (or no longer) what a teacher of this store has seen.
+        when a sample is not (or no longer) what a teacher of this store has seen, or what this store kept before its
+        bytes were lost.
     InputNotFound
         when the system can read no file of a whole shard: the data set is gone, not its images broken.
     Interrupted
@@ -101,7 +105,7 @@ def _turn(store: Store, *, quiet: bool) -> Iterator[None]:
     with ExitStack() as held:
         while True:
             try:
-                held.enter_context(store.lock("samples.pixels"))
+                held.enter_context(store.lock(PIXELS))
                 break
             except StoreLocked as error:
                 if not told:
@@ -135,6 +139,10 @@ class _Packer:
         self.count, self.shard, self.shards = count, shard, -(-count // shard)
         self._geometry: tuple[NDArray[np.int32], NDArray[np.uint8]] | None = None
         """Of the shard in hand, where a teacher has seen it in view 0."""
+        self._digests: NDArray[np.uint8] | None = None
+        """Of the shard in hand, where it was kept before and its bytes are lost."""
+        self._doubtful: set[int] = set()
+        """Its rows that a teacher could not decode: these may be mended."""
         named = {"hdcache": {"columns": list(COLUMNS)}}
         self.writers = {
             INDEX: ShardWriter(count, ArrayCard(shape=(2,), dtype="int64"), shard, shard, codec=True, attributes=named),
@@ -142,6 +150,10 @@ class _Packer:
         }
 
     def run(self, *, quiet: bool) -> None:
+        for number in range(self.shards):
+            self.ledger.settle(number)
+        for unfinished in partial_files(self.ledger.folder):
+            unfinished.unlink(missing_ok=True)
         known = {number: self.ledger.receipt(number) for number in range(self.shards)}
         missing = sum(self._span(number)[1] - self._span(number)[0] for number, found in known.items() if found is None)
         self._check_space(missing)
@@ -160,7 +172,7 @@ class _Packer:
             bar.skip(self.count - missing)
             for number, receipt in known.items():
                 if receipt is None:
-                    self._write(pool, number, self._read, bar.advance)
+                    self._restore(pool, number, bar.advance)
                 elif mended := self._mended(receipt):
                     self._rewrite(pool, receipt, mended)
         receipts = [receipt for number in range(self.shards) if (receipt := self.ledger.receipt(number)) is not None]
@@ -212,6 +224,26 @@ class _Packer:
                 f"{recorded.hex()[:12]}...); restore it, or extract to a new store"
             )
 
+    def _restore(self, pool: ThreadPoolExecutor, number: int, advance: Callable[[int], None]) -> None:
+        """Write a shard that is not there, or no longer whole, from the data set."""
+        key = self.writers[DIGEST].key(number)
+        self._digests = salvaged(self.store, DIGEST, key, (self.count, 32), "uint8", self._span(number))
+        unread = view_ledger(self.store, 0).receipt(number)
+        self._doubtful = {*unread.failed} if unread is not None else set()
+        self._write(pool, number, self._read_again, advance)
+
+    def _read_again(self, row: int) -> _Read:
+        found = self._read(row)
+        kept = self._digests[row % self.shard].tobytes() if self._digests is not None else _NOTHING
+        now = hashlib.sha256(found[0]).digest()
+        # Arrays have their pixels in the fingerprint, and other versions of Pillow spell their PNG otherwise.
+        if kept not in (_NOTHING, now) and not found[1] and row not in self._doubtful:
+            raise StoreMismatch(
+                f"{self._name(row)}: it is not what was kept here before its bytes were lost (sha256 {kept.hex()[:12]}...): "
+                f"{found[2] or f'sha256 {now.hex()[:12]}...'}; bring it back and run the same command again"
+            )
+        return found
+
     def _write(
         self,
         pool: ThreadPoolExecutor,
@@ -219,22 +251,22 @@ class _Packer:
         read: Callable[[int], _Read],
         advance: Callable[[int], None] = lambda rows: None,
     ) -> None:
-        """Write a shard: bytes, index, digests, receipt."""
+        """Write a shard beside what is there: bytes, index, digests. Its receipt puts them in place."""
         start, stop = self._span(number)
         self._geometry = read_shard_geometry(self.store, 0, number)
         written = _Written()
         key = bytes_key(number)
-        objects = {key: durable_parts(self.ledger.folder / key, self._parts(pool, range(start, stop), read, written))}
+        objects = {key: durable_parts(self.ledger.aside(key), self._parts(pool, range(start, stop), read, written))}
         total = objects[key].size
         metadata = key.replace("c.0", "zarr.json")
-        objects[metadata] = write_once(self.ledger.folder / metadata, bytes_metadata(total))
+        objects[metadata] = durable_write(self.ledger.aside(metadata), bytes_metadata(total))
         index = np.array(written.entries, np.int64)
         digests = np.frombuffer(b"".join(written.digests), np.uint8).reshape(-1, 32)
         for array, block in ((INDEX, index), (DIGEST, digests)):
             writer = self.writers[array]
             path = f"{array.removeprefix(f'{PIXELS}/')}/{writer.key(number)}"
-            objects[path] = durable_write(self.ledger.folder / path, writer.encode(number, block))
-        self.ledger.record(Receipt(shard=number, rows=(start, stop), objects=objects, failed=written.failed))
+            objects[path] = durable_write(self.ledger.aside(path), writer.encode(number, block))
+        self.ledger.replace(Receipt(shard=number, rows=(start, stop), objects=objects, failed=written.failed))
         advance(stop - start)
 
     def _parts(
@@ -295,6 +327,4 @@ class _Packer:
                 return b"", 0, receipt.failed[row], False
             return *packed(kept.read(row)), "", False
 
-        self.ledger.unseal()
-        self.ledger.withdraw(receipt.shard)
         self._write(pool, receipt.shard, read)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from distributed import get_worker
 
@@ -33,12 +32,9 @@ from hdcache.integrity import teacher_ledger
 from hdcache.reader import TeacherReader
 from hdcache.records import Record
 from hdcache.resources import available_cores, keep_freed_memory
-from hdcache.store import Store
+from hdcache.store import LEASE, Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher, choose_device, reload_teacher
-
-WRITE_LOCKS = 61
-"""Files that shards are locked by while they are written: two tasks for one shard must not write at once."""
 
 
 class Recipe(Record):
@@ -71,7 +67,7 @@ class Recipe(Record):
 
 def lease(store: Path, teacher: str) -> Path:
     """The file that holds the name of the run that writes a teacher, as long as its tasks may go on."""
-    return store / f".{teacher}.run.owner"
+    return store / f".{teacher}{LEASE}"
 
 
 @dataclass
@@ -105,14 +101,6 @@ class _SharedTeacher(Teacher):
     def forward(self, *given: Any, **more: Any) -> dict[str, Tokens | torch.Tensor]:
         with self.turns:
             return super().forward(*given, **more)
-
-
-class _SharedWriter(ViewWriter):
-    """A writer that is not alone: a task may have been given out twice, or be left over from a run that died."""
-
-    def write(self, shard: int, *given: Any, **more: Any) -> int:
-        with filelock.FileLock(self.ledger.folder / f".{shard % WRITE_LOCKS}.lock"):
-            return super().write(shard, *given, **more)
 
 
 def write_shard(recipe: dict[str, Any], view: int, shard: int) -> dict[str, Any]:
@@ -155,7 +143,7 @@ def _write_shard(given: dict[str, Any], view: int, shard: int, where: str) -> di
         writer = loaded.writers.get(view)
         if writer is None:
             record = loaded.store.teacher(recipe.teacher)
-            writer = loaded.writers[view] = _SharedWriter(loaded.store, record, loaded.encoders, view)
+            writer = loaded.writers[view] = ViewWriter(loaded.store, record, loaded.encoders, view)
     loading = time.perf_counter() - began
     # Each thread that runs tasks has a number of its own.
     torch.set_num_threads(loaded.threads)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hdcache.arrays import ArrayReader, ShardWriter, group_metadata
-from hdcache.durable import durable_write
+from hdcache.durable import durable_write, partial_files, stored_object
 from hdcache.encodings import Encoder, compresses
 from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
@@ -28,6 +29,10 @@ from hdcache.views import Box
 
 ARRAYS = 4
 """Arrays of one shard that are compressed and flushed to disk at once."""
+WRITE_LOCKS = 61
+"""Files that shards are locked by while they are written: two tasks for one shard must not write at once."""
+_SHARD_FILE = re.compile(r"\.(?:c\.)?(\d+)\.")
+"""How the name of an unfinished file of a shard begins: of a chunk's, or of its receipt's."""
 
 
 def is_recorded(geometry: NDArray[np.int32]) -> Any:
@@ -38,8 +43,20 @@ def is_recorded(geometry: NDArray[np.int32]) -> Any:
 def write_once(path: Path, data: bytes) -> StoredObject:
     """Write a small file, unless it is there with the same bytes: a rerun of a finished store changes nothing."""
     if path.is_file() and path.read_bytes() == data:
-        return StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        return stored_object(data)
     return durable_write(path, data)
+
+
+def salvaged(
+    store: Store, key: str, chunk: str, shape: tuple[int, ...], dtype: str, span: tuple[int, int]
+) -> NDArray[Any] | None:
+    """One array of a shard whose receipt is no help: its own checksums tell whether it is whole."""
+    try:
+        data = (store.path / key / chunk).read_bytes()
+        listed = {f"{key}/{chunk}": stored_object(data)}
+        return ArrayReader(store.path, key, shape, dtype, listed, store.card.rows_per_shard).rows(*span).copy()
+    except (StoreCorrupt, OSError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -105,20 +122,32 @@ class ViewWriter:
         }
 
     def open(self) -> None:
-        """Write the metadata of every group and array, where it is not there yet."""
-        folders = sorted({key.rpartition("/")[0] for key in self._writers})
-        groups = [(self.ledger, folder) for folder in folders] + [(self.ledger, ""), (self.geometry, "")]
-        for ledger, key in groups:
-            static = self._static if ledger is self.ledger else self._geometry_static
-            path = "/".join(part for part in (ledger.key, key, "zarr.json") if part)
-            static[path] = write_once(self.store.path / path, group_metadata({}))
-        for ledger, writers, static in (
-            (self.ledger, self._writers, self._static),
-            (self.geometry, self._geometry_writers, self._geometry_static),
-        ):
-            for key, writer in writers.items():
-                path = f"{ledger.key}/{key}/zarr.json"
-                static[path] = write_once(self.store.path / path, writer.metadata)
+        """Write the metadata of every group and array, where it is not there yet; mend and clear what a kill left."""
+        self._clear()
+        with self._view_lock():
+            for shard in range(self.shards):
+                self.geometry.settle(shard)
+            self._clear_geometry()
+            self._open(self.geometry, self._geometry_writers, self._geometry_static)
+        self._open(self.ledger, self._writers, self._static)
+
+    def _open(self, ledger: Ledger, writers: Mapping[str, ShardWriter], static: dict[str, StoredObject]) -> None:
+        folders = {f"/{folder}" for key in writers if (folder := key.rpartition("/")[0])}
+        metadata = {f"{ledger.key}{folder}": group_metadata({}) for folder in sorted({"", *folders})}
+        metadata |= {f"{ledger.key}/{key}": writer.metadata for key, writer in writers.items()}
+        for folder, data in metadata.items():
+            static[f"{folder}/zarr.json"] = write_once(self.store.path / folder / "zarr.json", data)
+
+    def _clear(self) -> None:
+        """Remove unfinished files of processes that were killed. A shard's lock tells that nobody writes it still."""
+        for path in partial_files(self.ledger.folder):
+            named = _SHARD_FILE.match(path.name)
+            with self._shard_lock(int(named[1])) if named else nullcontext():
+                path.unlink(missing_ok=True)
+
+    def _clear_geometry(self) -> None:
+        for path in partial_files(self.geometry.folder):
+            path.unlink(missing_ok=True)
 
     def todo(self) -> list[int]:
         """Shards without a receipt, and shards with failed rows, which are tried again."""
@@ -142,8 +171,23 @@ class ViewWriter:
     ) -> int:
         """Write a shard of every tap, then its receipt; returns bytes written.
 
-        A retry that mended no row, or that lost one which is stored, writes nothing.
+        A retry that mended no row, or that lost one which is stored, writes nothing. Nobody writes alone: a task may have
+        been given out twice, or be left over from a run that died. Who comes second finds the receipt.
+
+        Raises
+        ------
+        StoreMismatch
+            when a row was made from another image or box than the one that is recorded for it by now.
         """
+        with self._shard_lock(shard):
+            return self._write_shard(shard, rows, parts, failed, saturated)
+
+    def _shard_lock(self, shard: int) -> filelock.BaseFileLock:
+        return filelock.FileLock(self.ledger.folder / f".{shard % WRITE_LOCKS}.lock")
+
+    def _write_shard(
+        self, shard: int, rows: Sequence[Row], parts: Mapping[str, Parts], failed: Mapping[int, str], saturated: int
+    ) -> int:
         known = self.ledger.receipt(shard)
         if known is not None and not failed.keys() < known.failed.keys():
             return 0
@@ -174,13 +218,20 @@ class ViewWriter:
             self._merge_geometry(shard, span, rows)
 
     def _merge_geometry(self, shard: int, span: tuple[int, int], rows: Sequence[Row]) -> None:
+        self.geometry.settle(shard)
         geometry = np.array([row.geometry(self._columns) for row in rows], np.int32)
         digests = np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 32).copy()
         known = read_shard_geometry(self.store, self.view, shard)
         if known is not None:
             # Recorded rows are replayed, never rewritten; only rows that could not be read before may gain numbers.
-            recorded = is_recorded(known[0])
-            if not (is_recorded(geometry) & ~recorded).any():
+            recorded, seen = is_recorded(known[0]), is_recorded(geometry)
+            other = (geometry != known[0]).any(1) | (digests != known[1]).any(1)
+            for i in np.flatnonzero(recorded & seen & other)[:1]:
+                raise StoreMismatch(
+                    f"{self.store.ids[rows[i].sample]}: another process has recorded view {self.view} of it from another file "
+                    "since this one read it; restore that file, and run the same command again"
+                )
+            if not (seen & ~recorded).any():
                 return
             geometry[recorded], digests[recorded] = known[0][recorded], known[1][recorded]
         self._record_geometry(shard, span, geometry, digests, [row.reason for row in rows])
@@ -194,13 +245,12 @@ class ViewWriter:
         reasons: Sequence[str],
     ) -> None:
         unread = {span[0] + i: why for i, why in enumerate(reasons) if not is_recorded(geometry[i])}
-        self.geometry.unseal()
         objects = {}
         for name, block in (("geometry", geometry), ("source_digest", digests)):
             writer = self._geometry_writers[name]
             path = f"{name}/{writer.key(shard)}"
-            objects[path] = durable_write(self.geometry.folder / path, writer.encode(shard, block))
-        self.geometry.record(Receipt(shard=shard, rows=span, objects=objects, failed=unread))
+            objects[path] = durable_write(self.geometry.aside(path), writer.encode(shard, block))
+        self.geometry.replace(Receipt(shard=shard, rows=span, objects=objects, failed=unread))
 
     def rebuild_geometry(self, shard: int, rows: Sequence[Row]) -> None:
         """Write lost geometry again: what can still be read of it is kept, the rest is taken from ``rows``, drawn anew.
@@ -246,21 +296,15 @@ class ViewWriter:
             self._record_geometry(shard, span, drawn, hashes, [row.reason for row in rows])
 
     def _salvaged(self, name: str, span: tuple[int, int]) -> NDArray[Any] | None:
-        """One array of a shard whose receipt is no help: its own checksums tell whether it is whole."""
         card = {"geometry": ((self.rows, self._columns), "int32"), "source_digest": ((self.rows, 32), "uint8")}[name]
-        size = self.store.card.rows_per_shard
-        key = f"{self.geometry.key}/{name}"
-        chunk = f"{key}/{self._geometry_writers[name].key(span[0] // size)}"
-        try:
-            data = (self.store.path / chunk).read_bytes()
-            found = StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-            return ArrayReader(self.store.path, key, *card, {chunk: found}, size).rows(*span).copy()
-        except (StoreCorrupt, OSError):
-            return None
+        chunk = self._geometry_writers[name].key(span[0] // self.store.card.rows_per_shard)
+        return salvaged(self.store, f"{self.geometry.key}/{name}", chunk, *card, span)
 
     def seal(self) -> None:
         """Seal the geometry and the teacher's rows of this view."""
+        self._clear()
         with self._view_lock():
+            self._clear_geometry()
             self._seal(self.geometry, self._geometry_static, teacher="", identity="")
         root = f"teachers/{self.record.name}"
         static = {f"{root}/{key}": value for key, value in self.record.objects.items()} | self._static

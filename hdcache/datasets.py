@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -48,10 +49,11 @@ from hdcache.packed import packed_dataset
 from hdcache.pixels import Source, decode, digest
 from hdcache.schema import DatasetCard
 from hdcache.shrinking import shrunk
-from hdcache.store import Store
+from hdcache.store import ABOUT, Store
 from hdcache.video import require_pyav
 
 __all__ = ["Dataset", "Source", "Subset", "decode", "digest", "open_dataset", "store_dataset"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,27 @@ def open_dataset(spec: str, *, classes: Sequence[str] | None = None, cache: Path
 def store_dataset(store: Store, spec: str | None = None) -> Dataset:
     """The data set of a store: the one at ``spec``, else the samples that the store keeps, else where it was.
 
-    Whether it is the one that the store was made from is the caller's to check: by the fingerprint.
+    Whether it is the one that the store was made from is the caller's to check: by the fingerprint. A store may come from
+    anybody, and no seal covers where it says its data was: its ``download=`` is ignored, and what is read is logged before,
+    as a warning where another library opens it, which may reach the network. :class:`InputNotFound` where it does not say.
     """
     card = store.card.dataset
-    if spec is None and (own := packed_dataset(store)) is not None:
-        return own
-    return shrunk(open_dataset(spec or card.spec, classes=card.classes), card.shorter_side)
+    if not spec:
+        if (own := packed_dataset(store)) is not None:
+            return own
+        recorded = _recorded(store)
+        spec = recorded.canonical()
+        level = logging.WARNING if recorded.kind in ("hf", "torchvision") else logging.INFO
+        log.log(level, "%s: its data is read from %r, as its %s says", store.path, spec, ABOUT)
+    return shrunk(open_dataset(spec, classes=card.classes), card.shorter_side)
+
+
+def _recorded(store: Store) -> Spec:
+    """Where a store says that its data was."""
+    if not store.about.data:
+        raise InputNotFound(f"{store.path / ABOUT}: does not say where the data of this store is")
+    found = parse(store.about.data)
+    return replace(found, options={name: value for name, value in found.options.items() if name != "download"})
 
 
 def _stored(spec: Spec, classes: Sequence[str] | None) -> Dataset:

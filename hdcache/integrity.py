@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hdcache.arrays import read_json, read_record
-from hdcache.durable import durable_write, sync_folder
+from hdcache.durable import PARTIAL, durable_move, durable_unlink, durable_write, stored_object
 from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.schema import Manifest, Receipt, StoredObject
-from hdcache.store import ABOUT, PIXELS, Store, is_view
+from hdcache.store import ABOUT, LEASE, PIXELS, Store, is_view
 
 RECEIPTS, MANIFEST, _SAMPLES = "receipts", "manifest.json", "samples/receipt.json"
 
@@ -77,16 +77,34 @@ class Ledger:
 
     def unseal(self) -> None:
         """Withdraw the seal before rows that failed are tried again."""
-        if self.sealed:
-            (self.folder / MANIFEST).unlink(missing_ok=True)
-            sync_folder(self.folder)
+        durable_unlink(self.folder / MANIFEST)
 
     def withdraw(self, shard: int) -> None:
         """Forget that a shard is complete, before its objects are overwritten: a kill must not leave a false receipt."""
-        path = self.folder / RECEIPTS / f"{shard}.json"
-        if path.is_file():
-            path.unlink()
-            sync_folder(path.parent)
+        durable_unlink(self.folder / RECEIPTS / f"{shard}.json")
+
+    def aside(self, key: str) -> Path:
+        """Where an object is written until :meth:`replace`, so that a kill leaves the old shard or the new one, whole."""
+        path = self.folder / key
+        return path.with_name(f".{path.name}.next{PARTIAL}")
+
+    def replace(self, receipt: Receipt) -> None:
+        """Put a shard whose objects lie :meth:`aside`, durable, in the place of what was there; its receipt comes last."""
+        durable_write(self.aside(f"{RECEIPTS}/{receipt.shard}.json"), receipt.canonical())
+        self.settle(receipt.shard)
+
+    def settle(self, shard: int) -> None:
+        """Finish what a kill cut short in :meth:`replace`. Only who may write the shard may call it."""
+        path = self.aside(f"{RECEIPTS}/{shard}.json")
+        if not path.is_file():
+            return
+        receipt = Receipt.parse(read_json(path), path)
+        self.unseal()
+        self.withdraw(shard)
+        for key in receipt.objects:
+            if (written := self.aside(key)).is_file():
+                durable_move(written, self.folder / key)
+        durable_move(path, self.folder / RECEIPTS / f"{shard}.json")
 
     def seal(
         self,
@@ -127,24 +145,16 @@ class Ledger:
 
     def _records(self, teacher: str) -> dict[str, StoredObject]:
         """The records that this seal rests on and that never change; the manifest's digest covers them too."""
-        keys = [
-            "zarr.json",
-            "samples/zarr.json",
-            "samples/receipt.json",
-            *([f"teachers/{teacher}/zarr.json"] * bool(teacher)),
-        ]
+        keys = ["zarr.json", "samples/zarr.json", _SAMPLES] + [f"teachers/{teacher}/zarr.json"] * bool(teacher)
         found = {key: read_record(self.root / key) for key in keys if (self.root / key).is_file()}
-        return {
-            key: StoredObject(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for key, data in found.items()
-        }
+        return {key: stored_object(data) for key, data in found.items()}
 
     @property
     def sealed(self) -> bool:
         return (self.folder / MANIFEST).is_file()
 
     def manifest(self) -> Manifest:
-        path = self.folder / MANIFEST
-        return Manifest.parse(read_json(path), path)
+        return Manifest.parse(read_json(self.folder / MANIFEST), self.folder / MANIFEST)
 
 
 def view_ledger(store: Store, view: int) -> Ledger:
@@ -167,7 +177,7 @@ class Verification:
     """One line per damaged object: path, expected against found."""
     unsealed: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
-    """Files that no record lists (leftovers of a killed process; harmless)."""
+    """Files that no record lists (leftovers of a killed process; harmless, and removed by the next extraction)."""
 
     @property
     def good(self) -> bool:
@@ -192,9 +202,10 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
         done += expected.size
         if progress is not None:
             progress(done, total)
+    signs = (".lock", ".owner", LEASE)
     for key in sizes:
         name = key.rpartition("/")[2]
-        own = name in (MANIFEST, "zarr.json", ABOUT) or f"/{RECEIPTS}/" in key or name.endswith((".lock", ".owner"))
+        own = name in (MANIFEST, "zarr.json", ABOUT) or f"/{RECEIPTS}/" in key or name.endswith(signs)
         if key not in listed and key not in records and not own:
             result.unlisted.append(key)
     return result

@@ -39,7 +39,7 @@ from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismat
 from hdcache.records import NAME, Record, check_name
 from hdcache.schema import FORMAT, Receipt, StoreCard, StoredObject, TeacherRecord, ViewSpec
 
-ABOUT, ROOT_LOCK = "about.json", ".lock"
+ABOUT, ROOT_LOCK, LEASE = "about.json", ".lock", ".lease"
 PIXELS = "samples/pixels"
 """Where a store keeps the bytes of its samples, if it does (:mod:`hdcache.packed`)."""
 ID_BLOCK = 1 << 16
@@ -228,7 +228,8 @@ class Store:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Exclusive right to write ``name`` (a teacher); the system frees it when the process dies, however it dies.
+        """Exclusive right to write ``name`` (a teacher, or :data:`PIXELS`); the system frees it when the process dies,
+        however it dies. A lease that such a process left is removed, so that its workers begin nothing more.
 
         Raises
         ------
@@ -237,7 +238,9 @@ class Store:
         StoreMismatch
             when another process has withdrawn this store (:meth:`withdraw`) and made it anew with other settings.
         """
-        with write_lock(self.path / f".{check_name(name, 'teacher')}.lock"):
+        # No teacher's name holds a plus.
+        own = PIXELS.replace("/", "+") if name == PIXELS else check_name(name, "teacher")
+        with write_lock(self.path / f".{own}.lock"):
             # Who withdraws holds this lock, and leaves a store alone whose teachers' locks are taken.
             with filelock.FileLock(self.path / ROOT_LOCK):
                 same = (self.path / "zarr.json").is_file() and _lasting(Store.open(self.path).card) == _lasting(
@@ -247,6 +250,7 @@ class Store:
                 raise StoreMismatch(
                     f"{self.path}: another process made it anew with other settings; run the same command again"
                 )
+            (self.path / f".{own}{LEASE}").unlink(missing_ok=True)
             yield
 
     @property

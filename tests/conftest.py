@@ -186,7 +186,11 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
     """Reads every file below a folder but locks: relative path -> bytes."""
 
     def read(root: Path) -> dict[str, bytes]:
-        files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix not in (".lock", ".owner")]
+        files = [
+            path
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and path.suffix not in (".lock", ".owner", ".lease")
+        ]
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
     return read

@@ -25,8 +25,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hdcache import listings
-from hdcache.datasets import decode, digest, open_dataset
+from hdcache.datasets import decode, digest, open_dataset, store_dataset
 from hdcache.errors import InputNotFound, UnreadableImage, UsageError
+from hdcache.schema import DatasetCard, StoreCard, ViewSpec
+from hdcache.store import Store
 
 
 def png(value: int = 0, size: int = 4) -> bytes:
@@ -532,3 +534,45 @@ def test_files_that_only_look_like_npz(tmp_path: Path) -> None:
 def test_listing_and_decoding_need_no_torch() -> None:
     code = "import sys, hdcache.datasets; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Where a store says that its data was
+
+
+def store_at(path: Path, data: str) -> Store:
+    card = DatasetCard(spec=data, kind="folder", fingerprint="0" * 64, count=1, classes=("a",))
+    return Store.create(path, StoreCard(dataset=card, views=ViewSpec()), ["a"], np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize("option", ["download=true", "download=1", "download=%54RUE", "train=false&download=true"])
+def test_a_store_says_where_its_data_is_and_downloads_nothing(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = pytest.importorskip("torchvision.datasets")
+    made: list[dict[str, Any]] = []
+
+    class Hostile:
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            made.append({"root": root, "train": train, "download": download, "said": caplog.text})
+            raise RuntimeError("not found")
+
+    monkeypatch.setattr(library, "CIFAR10", Hostile)
+    spec = f"torchvision:CIFAR10?root={tmp_path}/x&{option}"
+    store = store_at(tmp_path / "s", spec)
+    with pytest.raises(InputNotFound, match="not found"):
+        store_dataset(store)
+    assert (made[0]["root"], made[0]["train"], made[0]["download"]) == (f"{tmp_path}/x", "train=" not in option, False)
+    assert f"{tmp_path}/s: its data is read from 'torchvision:CIFAR10?root={tmp_path}/x" in made[0]["said"]
+    with pytest.raises(InputNotFound, match="not found"):
+        store_dataset(store, spec)
+    assert made[1]["download"], "who names it may fetch it"
+
+
+def test_a_store_that_does_not_say_where_its_data_is(tmp_path: Path) -> None:
+    """It is not the folder that the command happens to run in."""
+    fill(tmp_path / "d", "a.png")
+    store = store_at(tmp_path / "s", str(tmp_path / "d"))
+    assert store_dataset(store).ids == ("a.png",)
+    (store.path / "about.json").unlink()
+    with pytest.raises(InputNotFound, match=r"about\.json: does not say where the data of this store is"):
+        store_dataset(Store.open(store.path))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hdcache.durable import durable_parts, durable_write, sync_folder
+from hdcache.durable import durable_move, durable_parts, durable_unlink, durable_write, partial_files, sync_folder
+from hdcache.errors import OutOfSpace
 
 
 def fail(number: int) -> object:
@@ -60,3 +61,38 @@ def test_a_file_in_parts_is_one_file_or_none(tmp_path: Path) -> None:
         durable_parts(path, broken())
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_moved_over_another_and_removed(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    durable_move(tmp_path / "a", tmp_path / "b")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("b", "a")]
+    durable_unlink(tmp_path / "b")
+    durable_unlink(tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_whatever_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(os, "fsync", fail(errno.ENOSPC))
+    with pytest.raises(OutOfSpace, match=r"no space left while writing .*/d; finished shards are safe: free space"):
+        durable_write(tmp_path / "d", b"d")
+    with pytest.raises(OutOfSpace, match=r"no space left while writing .*/b;"):
+        durable_move(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(OutOfSpace, match=r"no space left while writing .*/c;"):
+        durable_unlink(tmp_path / "c")
+
+
+def test_unfinished_files_are_found(tmp_path: Path) -> None:
+    path, found = tmp_path / "d" / "f", []
+
+    def parts() -> Iterator[bytes]:
+        found.extend(partial_files(tmp_path))
+        yield b"x"
+
+    assert partial_files(tmp_path / "none") == []
+    durable_parts(path, parts())
+    assert [one.parent for one in found] == [path.parent]
+    assert partial_files(tmp_path) == []

@@ -138,7 +138,7 @@ def test_several_teachers_in_one_call(data: str, tmp_path: Path, tiny: str) -> N
 def test_one_network_is_there_at_a_time(
     count: int, data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several are looked at on the CPU before the store is made, then loaded for their turn; one alone is loaded once."""
+    """Several are loaded on the CPU before the store is made, to be calibrated, and for their turn; one alone once."""
     loaded: list[weakref.ref[torch.nn.Module]] = []
     alive: list[int] = []
 
@@ -153,7 +153,7 @@ def test_one_network_is_there_at_a_time(
     teachers = [f"{name}={tiny}&seed={number}" for number, name in enumerate("abc"[:count])]
     summary = extract(data, store=tmp_path / "s", teachers=teachers, **common)
     assert list(summary.teachers) == list("abc"[:count])
-    assert alive == [0] * (1 if count == 1 else 2 * count)
+    assert alive == [0] * (1 if count == 1 else 3 * count)
     assert all(found() is None for found in loaded)
 
 
@@ -418,6 +418,24 @@ def test_taps_in_another_order_are_the_same_teacher(data: str, tmp_path: Path, t
     again = run(data, tmp_path / "s", f"t={tiny}", taps=["final", "pooled"])
     assert manifests(again) == manifests(first)
     assert again.teachers["t"]["bottleneck"] == "nothing left to do"
+
+
+def test_a_batch_that_only_the_pipeline_finds_too_large_has_a_way_out(
+    data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher has its record by then, and keeps its batch; what the message says works."""
+    forward = Teacher._forward
+
+    def full(self: Teacher, *given: Any) -> Any:
+        if self.batch >= 16 and (tmp_path / f"s/teachers/{self.name}/zarr.json").exists():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *given)
+
+    monkeypatch.setattr(Teacher, "_forward", full)
+    for batch in (16, 8):
+        with pytest.raises(UsageError, match=r"lower than 16, and where a store has t already, .* another name too"):
+            run(data, tmp_path / "s", f"t={tiny}", batch=batch)
+    assert run(data, tmp_path / "s", f"u={tiny}", batch=8).teachers["u"]["rows"] == 40
 
 
 # What was lost
@@ -779,13 +797,14 @@ def test_two_processes_in_one_store(data: str, tmp_path: Path, tiny: str, tree: 
 TOGETHER = """
 import sys
 from hdcache.extract import run
+from hdcache.store import Store
 data, store, teacher = sys.argv[1:]
-made = run.Store.create
+made = Store.create
 def slow(*given, **more):
     import time
     time.sleep(1)
     return made(*given, **more)
-run.Store.create = slow
+Store.create = slow
 print("ready", flush=True)
 sys.stdin.readline()
 run.extract(data, store=store, teachers=[teacher], encoding="fp32", precision="fp32", rows_per_shard=8, batch=8, device="cpu")
@@ -833,6 +852,38 @@ def test_a_full_disk_loses_nothing_that_was_finished(
     assert manifests(run(data, tmp_path / "s", f"t={tiny}")) == manifests(whole)
     assert verify(Store.open(tmp_path / "s")).good
     assert not [key for key in tree(tmp_path / "s") if key.endswith(".partial")]
+
+
+@pytest.mark.parametrize("name", ["geometry", "source_digest", "receipts"])
+def test_a_disk_that_is_full_while_a_mended_image_is_recorded_breaks_no_teacher(
+    name: str, tmp_path: Path, tiny: str, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "d", 16)
+    good = (root / "a/04.png").read_bytes()
+    (root / "a/04.png").write_bytes(b"bad")
+    for spec in (f"t={tiny}", f"u={tiny}&seed=1"):
+        assert sorted(run(root, tmp_path / "s", spec).failed) == ["a/04.png"]
+    (root / "a/04.png").write_bytes(good)
+    replace_file, full = os.replace, []
+
+    def replaced(source: Path, path: Path) -> None:
+        if f"views/0/{name}/" in str(path) and "teachers" not in str(path):
+            full.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replaced)
+        with pytest.raises(OutOfSpace, match=r"finished shards are safe: free space and run the same command again"):
+            run(root, tmp_path / "s", f"t={tiny}")
+    assert full
+    assert verify(Store.open(tmp_path / "s")).faults == []
+    for spec in (f"v={tiny}&seed=2", f"u={tiny}&seed=1", f"t={tiny}"):
+        assert run(root, tmp_path / "s", spec).failed == {}
+    run(root, tmp_path / "whole", f"t={tiny}")
+    assert verify(Store.open(tmp_path / "s")).faults == verify(Store.open(tmp_path / "s")).unlisted == []
+    found, whole = (read_geometry(Store.open(tmp_path / folder), 0) for folder in ("s", "whole"))
+    assert all(np.array_equal(one, other) for one, other in zip(found, whole, strict=True))
 
 
 def test_sigterm_stops_between_shards(

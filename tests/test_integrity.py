@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hdcache.arrays import ArrayReader
+from hdcache.durable import durable_write, partial_files
 from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.integrity import Ledger, teacher_ledger, verify, view_ledger
 from hdcache.records import canonical_json
@@ -356,3 +359,59 @@ def test_a_changed_record_is_a_fault_or_changes_nothing(
             assert manifest == before
     finally:
         path.write_bytes(whole)
+
+
+# Replaced
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=4), moment=st.integers(1, 30), again=st.integers(1, 30))
+def test_a_shard_that_is_replaced_is_the_old_one_or_the_new_one(
+    sizes: list[int], moment: int, again: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Killed at any flush, and while it is settled once more; what its receipt says is what lies there."""
+
+    class Killed(BaseException):
+        pass
+
+    ledger = Ledger(tmp_path_factory.mktemp("s"), "views/0")
+    sync = os.fsync
+
+    def write(byte: bytes) -> None:
+        objects = {f"a{n}/c.0": durable_write(ledger.aside(f"a{n}/c.0"), byte * size) for n, size in enumerate(sizes)}
+        ledger.replace(Receipt(shard=0, rows=(0, 1), objects=objects, failed={0: byte.decode()}))
+
+    def until(count: int, work: Callable[[], None]) -> None:
+        left = [count]
+
+        def fsync(file: int) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            sync(file)
+
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+            patch.setattr(os, "fsync", fsync)
+            work()
+
+    def held() -> bytes | None:
+        receipt = ledger.receipt(0)
+        if receipt is None:
+            return None
+        byte = receipt.failed[0].encode()
+        for n, size in enumerate(sizes):
+            assert (ledger.folder / f"a{n}/c.0").read_bytes() == byte * size
+        return byte
+
+    write(b"x")
+    ledger.seal([ledger.receipt(0)], {}, teacher="", identity="", view=0, rows=1)  # type: ignore[list-item]
+    until(moment, lambda: write(b"y"))
+    assert held() in (b"x", b"y", None)
+    assert held() == b"x" or not ledger.sealed
+    until(again, lambda: ledger.settle(0))
+    ledger.settle(0)
+    assert held() in (b"x", b"y")
+    write(b"z")
+    assert held() == b"z"
+    assert not ledger.sealed
+    assert partial_files(ledger.folder) == []

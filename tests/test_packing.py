@@ -381,7 +381,7 @@ def test_who_waits_says_for_whom(
     tmp_path: Path, make_folder: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset, store = open_or_create(str(make_folder(tmp_path / "d", 4)), tmp_path / "s", None, 0, 8)
-    held = store.lock("samples.pixels")
+    held = store.lock("samples/pixels")
     held.__enter__()
     slept: list[float] = []
 
@@ -507,3 +507,118 @@ def test_the_command_keeps_samples(
     kept = store_dataset(store).read("a/00.png")
     assert isinstance(kept, bytes)
     assert Image.open(io.BytesIO(kept)).format == "JPEG"
+
+
+# Killed, or lost, and the data set is not what it was
+
+
+def unreadable(root: Path, name: str) -> bytes:
+    """Let the system read a file no more; returns what it held."""
+    data = (root / name).read_bytes()
+    (root / name).unlink()
+    (root / name).symlink_to(root / "nowhere")
+    return data
+
+
+def readable(root: Path, name: str, data: bytes) -> None:
+    (root / name).unlink()
+    (root / name).write_bytes(data)
+
+
+def shard_of(store: Store, name: str) -> int:
+    return int(np.flatnonzero(packed_order(store) == store.ids.index(name))[0]) // 8
+
+
+def test_a_kill_at_any_moment_of_mending_keeps_what_the_data_set_has_no_more(
+    tmp_path: Path, make_folder: Make, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "d", 16)
+    whole = tree(keep(root, tmp_path / "whole").path)
+    data = unreadable(root, "a/04.png")
+    store = keep(root, tmp_path / "s")
+    number = shard_of(store, "a/04.png")
+    mate = next(name for name in store.ids if shard_of(store, name) == number and name != "a/04.png")
+    readable(root, "a/04.png", data)
+    (root / mate).write_bytes(b"rotten")
+    sync, moment, died = os.fsync, 0, True
+
+    class Killed(BaseException):
+        pass
+
+    while died:
+        moment += 1
+        copy = shutil.copytree(store.path, tmp_path / f"s{moment}")
+        count, died = [0], False
+
+        def fsync(file: int, count: list[int] = count, moment: int = moment) -> None:
+            count[0] += 1
+            if count[0] == moment:
+                raise Killed
+            sync(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            try:
+                keep(root, copy)
+            except Killed:
+                died = True
+        assert tree(keep(root, copy).path) == whole
+    assert moment > 10
+
+
+def test_a_lost_shard_is_restored_with_what_can_be_read_now(tmp_path: Path, make_folder: Make, tree: Tree) -> None:
+    root = make_folder(tmp_path / "d", 20)
+    whole = tree(keep(root, tmp_path / "whole").path)
+    data = unreadable(root, "a/04.png")
+    store = keep(root, tmp_path / "s")
+    assert len(pixels_ledger(store).manifest().failed) == 1
+    readable(root, "a/04.png", data)
+    (store.path / "samples/pixels" / bytes_key(shard_of(store, "a/04.png"))).unlink()
+    assert tree(keep(root, store.path).path) == whole
+    assert verify(store).faults == []
+
+
+def test_a_lost_shard_is_not_restored_from_other_samples(tmp_path: Path, make_folder: Make, tree: Tree) -> None:
+    """No teacher has seen them, but the store knows their sha256; and what it still has stays readable."""
+    root = make_folder(tmp_path / "d", 20)
+    store = keep(root, tmp_path / "s")
+    whole = tree(store.path)
+    lost, other = (
+        shard_of(store, "a/04.png"),
+        next(n for n in store.ids if shard_of(store, n) != shard_of(store, "a/04.png")),
+    )
+    data = (root / "a/04.png").read_bytes()
+    (store.path / "samples/pixels" / bytes_key(lost)).unlink()
+    (root / "a/04.png").write_bytes(data[::-1])
+    with pytest.raises(StoreMismatch, match=r"a/04\.png: it is not what was kept here .*: sha256 .*bring it back"):
+        keep(root, store.path)
+    unreadable(root, "a/04.png")
+    with pytest.raises(
+        StoreMismatch, match=r"a/04\.png: it is not what was kept here .*: .*cannot be read.*bring it back"
+    ):
+        keep(root, store.path)
+    assert store_dataset(store).read(other) == (root / other).read_bytes()
+    readable(root, "a/04.png", data)
+    assert tree(keep(root, store.path).path) == whole
+
+
+def test_a_lost_sample_that_no_teacher_could_decode_may_be_mended(tmp_path: Path, tiny: str, make_folder: Make) -> None:
+    root = make_folder(tmp_path / "d", 20)
+    data = (root / "a/04.png").read_bytes()
+    (root / "a/04.png").write_bytes(b"broken")
+    run(root, tmp_path / "s", f"t={tiny}", pixels="source")
+    store = Store.open(tmp_path / "s")
+    (store.path / "samples/pixels" / bytes_key(shard_of(store, "a/04.png"))).unlink()
+    (root / "a/04.png").write_bytes(data)
+    assert run(root, tmp_path / "s", f"t={tiny}", pixels="source").failed == {}
+    assert store_dataset(store).read("a/04.png") == data
+    assert verify(store).good
+
+
+def test_unfinished_files_are_removed(tmp_path: Path, make_folder: Make, tree: Tree) -> None:
+    root = make_folder(tmp_path / "d", 20)
+    store = keep(root, tmp_path / "s")
+    before = tree(store.path)
+    for name in ("bytes/1/.c.0.77-1.partial", "bytes/1/.c.0.next.partial", "receipts/.1.json.7-7.partial"):
+        (store.path / "samples/pixels" / name).write_bytes(b"x")
+    assert tree(keep(root, store.path).path) == before

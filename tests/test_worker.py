@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from hdcache.extract import worker
 from hdcache.extract.machines import fingerprint, versions
@@ -19,7 +21,7 @@ from hdcache.extract.run import extract
 from hdcache.extract.worker import Recipe, forget, lease, own_threads, write_shard
 from hdcache.extract.writer import ViewWriter
 from hdcache.integrity import teacher_ledger
-from hdcache.store import Store
+from hdcache.store import PIXELS, Store
 from hdcache.teachers import load_teacher
 
 Tree = Callable[[Path], dict[str, bytes]]
@@ -114,6 +116,31 @@ def test_a_run_that_has_ended_writes_nothing(store: Store, recipe: dict[str, Any
     assert teacher_ledger(store, "t", 0).receipt(1) is None
 
 
+def test_who_takes_the_lock_of_a_dead_command_ends_its_run(store: Store, recipe: dict[str, Any]) -> None:
+    lose(store, 1)
+    with store.lock("u"):
+        assert lease(store.path, "t").exists(), "that of another teacher"
+    with store.lock("t"):
+        assert "stopped" in write_shard(recipe, 0, 1)
+    assert "stopped" in write_shard(recipe, 0, 1)
+
+
+names = st.text("ab.-_", min_size=0, max_size=3).map(lambda text: f"t{text}") | st.sampled_from(
+    ["t.run", "t.owner", "t.lock", "t.lease", "t.run.owner", "samples.pixels", "samples"]
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(teacher=names, other=names | st.just(PIXELS))
+def test_a_lease_is_touched_by_no_other_lock(teacher: str, other: str, store: Store) -> None:
+    assume(teacher != other)
+    lease(store.path, teacher).write_text("run 1", encoding="utf-8")
+    with store.lock(other):
+        assert lease(store.path, teacher).read_text(encoding="utf-8") == "run 1"
+        with store.lock(teacher):
+            pass
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
@@ -182,7 +209,7 @@ def test_two_tasks_for_one_shard_wait_for_each_other(
     """The second one finds the shard done, and writes nothing."""
     lose(store, 1)
     within: list[int] = []
-    write = ViewWriter.write
+    write = ViewWriter._write_shard
 
     def counted(self: ViewWriter, shard: int, *rest: Any) -> int:
         within.append(threading.get_ident())
@@ -191,7 +218,7 @@ def test_two_tasks_for_one_shard_wait_for_each_other(
         within.clear()
         return count
 
-    monkeypatch.setattr(ViewWriter, "write", counted)
+    monkeypatch.setattr(ViewWriter, "_write_shard", counted)
     found: list[dict[str, Any]] = []
     threads = [threading.Thread(target=lambda: found.append(write_shard(recipe, 0, 1))) for _ in range(4)]
     for thread in threads:

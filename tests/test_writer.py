@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
 from hdcache.arrays import ShardWriter
-from hdcache.errors import StoreCorrupt, StoreMismatch
+from hdcache.errors import OutOfSpace, StoreCorrupt, StoreMismatch
 from hdcache.extract.writer import Row, ViewWriter, is_recorded, write_once
 from hdcache.integrity import verify
 from hdcache.reader import TeacherReader, read_geometry, read_shard_geometry
@@ -20,6 +24,10 @@ from hdcache.store import Store
 from hdcache.views import row_order
 
 Tree = Callable[[Path], dict[str, bytes]]
+
+
+class Killed(BaseException):
+    """The end of the process, as far as a test can have it."""
 
 
 @pytest.fixture
@@ -147,7 +155,6 @@ def test_recorded_geometry_survives_a_row_that_cannot_be_read_any_more(writer: V
     assert is_recorded(before).sum() == 19
     rows = rows_of(writer, 1)
     rows[4] = Row(rows[4].sample, None, reason="gone")
-    rows[2] = replace(rows[2], box=(5, 5, 5, 5))
     writer._write_geometry(1, (8, 16), rows)
     found = read_shard_geometry(writer.store, 1, 1)
     assert found is not None
@@ -250,3 +257,128 @@ def test_a_small_file_is_written_once(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "zarr.json").stat().st_mtime_ns == stamp
     assert write_once(tmp_path / "a" / "zarr.json", b"{ }").size == 3
     assert (tmp_path / "a" / "zarr.json").read_bytes() == b"{ }"
+
+
+def again(writer: ViewWriter, store: Path) -> ViewWriter:
+    """What another process would have, of a copy of the store."""
+    return ViewWriter(Store.open(store), writer.record, writer.encoders, writer.view)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_kill_at_any_moment_of_mending_geometry_loses_none(
+    full: bool, writer: ViewWriter, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any flush, that of a folder after a rename or a removal among them, or from then on where the disk is full."""
+    complete(writer, failed={9: "torn"})
+    known, digests = read_geometry(writer.store, 1)
+    write(again(writer, shutil.copytree(writer.store.path, tmp_path / "whole")), 1, 2)
+    whole = tree(tmp_path / "whole")
+    sync, moment, died = os.fsync, 0, True
+    while died:
+        moment += 1
+        late = again(writer, shutil.copytree(writer.store.path, tmp_path / f"s{moment}"))
+        count, died = [0], False
+
+        def fsync(file: int, count: list[int] = count, moment: int = moment) -> None:
+            count[0] += 1
+            if count[0] == moment and not full:
+                raise Killed
+            if count[0] >= moment and full:
+                raise OSError(28, "No space left on device")
+            sync(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            try:
+                late._write_geometry(1, (8, 16), rows_of(late, 1))
+            except (Killed, OutOfSpace):
+                died = True
+        # The other images are gone by now: what was recorded of them is all that is left.
+        late = again(late, late.store.path)
+        late.open()
+        assert late.lost_geometry() == []
+        rows = [row if i == 1 else Row(row.sample, None, reason="gone") for i, row in enumerate(rows_of(late, 1))]
+        late._write_geometry(1, (8, 16), rows)
+        found = read_shard_geometry(late.store, 1, 1)
+        assert found is not None
+        others = [0, 2, 3, 4, 5, 6, 7]
+        assert np.array_equal(found[0][others], known[8:16][others])
+        assert np.array_equal(found[1][others], digests[8:16][others])
+        assert is_recorded(found[0]).all()
+        assert write(late, 1, 2) > 0
+        late.seal()
+        assert verify(late.store).faults == verify(late.store).unlisted == []
+        left = {key: value for key, value in tree(late.store.path).items() if not key.endswith("manifest.json")}
+        assert left == {key: value for key, value in whole.items() if not key.endswith("manifest.json")}
+    assert moment > 10
+
+
+def test_an_image_that_changed_while_another_process_recorded_it_is_no_row(writer: ViewWriter) -> None:
+    """Both have drawn it anew; what the second one has made of it would not be what its geometry says."""
+    writer.open()
+    rows = rows_of(writer, 0)
+    write(writer, 1)
+    writer._write_geometry(0, (0, 8), rows)
+    for other in (replace(rows[3], digest=bytes(32)), replace(rows[3], box=(1, 1, 1, 1))):
+        changed = [*rows[:3], other, *rows[4:]]
+        with pytest.raises(StoreMismatch, match=r"png: another process has recorded view 1 of it from another file"):
+            writer.write(0, changed, parts_for(writer, 8, 1), {}, 0)
+        assert writer.todo() == [0, 2]
+    assert write(writer, 0) > 0
+
+
+def test_two_writers_of_one_shard_leave_one_shard(writer: ViewWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker left over from a killed command, and the same command again in one process: their last bits may differ."""
+    writer.open()
+    write(writer, 1)
+    write(writer, 2)
+    others = [again(writer, writer.store.path) for _ in range(3)]
+    write_array, met = ViewWriter._write_array, threading.Event()
+
+    def slow(self: ViewWriter, shard: int, key: str, *rest: Any) -> Any:
+        if not met.is_set():
+            met.set()
+            time.sleep(0.3)
+        return write_array(self, shard, key, *rest)
+
+    monkeypatch.setattr(ViewWriter, "_write_array", slow)
+    threads = [threading.Thread(target=write, args=(other, 0, value)) for value, other in enumerate(others, 1)]
+    for thread in threads:
+        thread.start()
+        met.wait(60)
+    for thread in threads:
+        thread.join(60)
+    writer.seal()
+    assert verify(writer.store).faults == []
+    assert len({float(value) for value in TeacherReader(writer.store, "t").rows(1, "final", 0, 8)["values"].flat}) == 1
+
+
+def test_unfinished_files_of_dead_processes_are_removed(writer: ViewWriter) -> None:
+    writer.open()
+    write(writer, 0)
+    own, shared = writer.ledger.folder, writer.geometry.folder
+    left = [
+        own / "final/values/.c.1.0.0.77-1.partial", own / "receipts/.1.json.77-1.partial", own / ".zarr.json.77-1.partial",
+        shared / "geometry/.c.1.0.77-1.partial", shared / "geometry/.c.2.0.next.partial", shared / ".manifest.json.7-1.partial",
+    ]  # fmt: skip
+    for end in (writer.open, writer.seal):
+        for path in left:
+            path.write_bytes(b"x")
+        for shard in writer.todo() if end == writer.seal else ():
+            write(writer, shard)
+        end()
+        assert [path.name for path in left if path.exists()] == []
+    assert verify(writer.store).unlisted == []
+
+
+def test_an_unfinished_file_of_a_living_process_stays(writer: ViewWriter) -> None:
+    writer.open()
+    path = writer.ledger.folder / "final/values/.c.1.0.0.77-1.partial"
+    path.write_bytes(b"x")
+    with filelock.FileLock(writer.ledger.folder / ".1.lock"):
+        late = threading.Thread(target=again(writer, writer.store.path).open)
+        late.start()
+        late.join(0.3)
+        assert path.exists()
+    late.join(60)
+    assert not path.exists()
