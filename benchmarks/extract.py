@@ -59,13 +59,13 @@ def variants(block: int) -> list[Variant]:
     inside, both = f"block{block}.attn_in", (f"block{block}.attn_in", f"block{block}.qkv")
     return [
         ("final, fp16", "decoded", ("final",), "fp16", None),
-        ("final, klt 5 %", "decoded", ("final",), "klt", 0.05),
-        ("attn_in, klt 5 %", "decoded", (inside,), "klt", 0.05),
+        ("final, klt 10 %", "decoded", ("final",), "klt", 0.1),
+        ("attn_in, klt 10 %", "decoded", (inside,), "klt", 0.1),
         ("attn_in + final, fp16", "decoded", (inside, "final"), "fp16", None),
-        ("attn_in + final, klt 5 %", "decoded", (inside, "final"), "klt", 0.05),
+        ("attn_in + final, klt 10 %", "decoded", (inside, "final"), "klt", 0.1),
         ("attn_in + final, klt 20 %", "decoded", (inside, "final"), "klt", 0.2),
-        ("attn_in + qkv, klt 5 %", "decoded", both, "klt", 0.05),
-        ("attn_in + final, klt 5 %, from files", "files", (inside, "final"), "klt", 0.05),
+        ("attn_in + qkv, klt 10 %", "decoded", both, "klt", 0.1),
+        ("attn_in + final, klt 10 %, from files", "files", (inside, "final"), "klt", 0.1),
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hdcache.arrays import constant_objects, group_metadata, write_constant
 from hdcache.datasets import Dataset
 from hdcache.durable import durable_write
-from hdcache.encodings import Encoder, fit
+from hdcache.encodings import Encoder, fit, rounded
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.budget import fit_within_budget
 from hdcache.extract.lanes import finite_rows
@@ -66,7 +66,8 @@ def calibrate(
     else:
         fitted = {request.tap: fit(request, *known[request.tap], grid) for request in requests}
     few = slice(max(0, count - min(held, RELATION_ROWS)), count)
-    encoders = {tap: _with_relation_error(fitted[tap], teacher, _cut(values[tap], few)) for tap in taps}
+    with teacher.within_memory():
+        encoders = {tap: _with_relation_error(fitted[tap], teacher, _cut(values[tap], few)) for tap in taps}
     arrays, attention = teacher.weights_for(taps)
     record = TeacherRecord(
         name=teacher.name,
@@ -237,7 +238,7 @@ def _with_relation_error(encoder: Encoder, teacher: Teacher, heldout: Tokens | T
                     relation_of_qkv(attention, attention.qkv(value.sequence()), kind) for value in (heldout, rebuilt)
                 )
                 measured[f"kl_{kind}"] = _divergence(exact, copy)
-    certificate = encoder.card.certificate.model_copy(update=measured)
+    certificate = encoder.card.certificate.model_copy(update=rounded(measured))
     return Encoder(encoder.card.model_copy(update={"certificate": certificate}), encoder.constants)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import multiprocessing
 import os
 import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -26,12 +28,15 @@ from hdcache.progress import counted
 
 distributed: Any = import_module("distributed")
 """Half of what it exports has no types."""
+log = logging.getLogger(__name__)
 LABEL_SECONDS = 5.0
 """How long workers without the resource that is asked for are taken for the first ones of a cluster that starts."""
 CONNECT_SECONDS = 10.0
 TASKS = 2
 """Shards in a process that is started here: the teacher computes one while another is decoded or written."""
 POLL_SECONDS = 0.05
+NAMED = 4
+"""Workers that a message names."""
 
 
 @contextmanager
@@ -47,13 +52,25 @@ def local_client(workers: int) -> Iterator[Any]:
     environment = {
         name: own_threads(workers) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     }
-    settings = {"distributed.nanny.pre-spawn-environ": environment, "distributed.worker.profile.enabled": False}
+    settings = {
+        "distributed.nanny.pre-spawn-environ": environment,
+        "distributed.worker.profile.enabled": False,
+        # One that died is started again at once, but on a busy machine may need longer for that than Dask's 15 s.
+        "distributed.deploy.lost-worker-timeout": "10 minutes",
+    }
     before = {name: os.environ.get(name) for name in (*environment, "PYTHONHASHSEED")}
     security = None
-    with suppress(ImportError):
-        # With it, other users of this machine cannot talk to the workers; it needs the package cryptography.
+    try:
+        # With it, other users of this machine cannot talk to the workers.
         security = distributed.Security.temporary()
+    except ImportError:
+        log.warning(
+            "other users of this machine can reach the workers and run programs as you: pip install cryptography, with which "
+            "they speak TLS, or use --engine inline here"
+        )
+    before_us = set(multiprocessing.active_children())
     with ExitStack() as stack:
+        stack.callback(_end_workers, before_us)
         stack.enter_context(dask.config.set(settings))
         stack.enter_context(_quiet())
         try:
@@ -136,14 +153,42 @@ def await_workers(client: Any, resources: Mapping[str, float], timeout: float, s
     Raises
     ------
     WorkersFailed
-        after ``timeout`` seconds without any worker, or :data:`LABEL_SECONDS` with none that has the resources.
+        after ``timeout`` seconds without any worker, or :data:`LABEL_SECONDS` with none that has the resources, or where
+        none of them answers.
     StoreMismatch
         for a worker with another version of hdcache, or none.
     Interrupted
         when a signal asks for a stop.
     """
     began = time.monotonic()
-    while not (able := slots(workers := workers_of(client), resources)):
+    known: dict[str, str | PackageNotFoundError] = {}
+    while not known:
+        able = _able(client, resources, began, timeout, scheduler)
+        found = answers(client, able, min(CONNECT_SECONDS, timeout), version, "hdcache")
+        known = {address: each for address, each in found.items() if isinstance(each, str | PackageNotFoundError)}
+        # One that is stopped, or dying: the scheduler will notice, and every task checks versions again.
+        silent = sorted(found.keys() - known.keys())
+        if not known and time.monotonic() - began > timeout:
+            raise WorkersFailed(
+                f"none of {counted(len(silent), 'workers')} of {scheduler} answers within {timeout:g} seconds ({silent[0]}: "
+                f"{type(found[silent[0]]).__name__}); start them again, or wait longer with --worker-timeout"
+            )
+    for address, answer in known.items():
+        there = {"hdcache": answer} if isinstance(answer, str) else {}
+        check_versions({"hdcache": version("hdcache")}, there, f"the worker {address}")
+    if silent:
+        names = ", ".join(silent[:NAMED])
+        log.warning("%s of %s did not answer: %s", counted(len(silent), "workers"), scheduler, names)
+
+
+def _able(client: Any, resources: Mapping[str, float], began: float, timeout: float, scheduler: str) -> list[str]:
+    """Addresses of the workers that take tasks, as soon as there are some."""
+    while True:
+        if stopping.requested():
+            raise stopping.stop("nothing begun")
+        workers = workers_of(client)
+        if able := slots(workers, resources):
+            return list(able)
         waited = time.monotonic() - began
         if workers and waited > min(LABEL_SECONDS, timeout):
             labels = sorted(
@@ -160,13 +205,25 @@ def await_workers(client: Any, resources: Mapping[str, float], timeout: float, s
                 f"no worker connected to {scheduler} within {timeout:g} seconds; start some with 'dask worker {scheduler} "
                 "--nthreads 1', or wait longer with --worker-timeout"
             )
-        if stopping.requested():
-            raise stopping.stop("nothing begun")
         time.sleep(POLL_SECONDS)
-    found = client.run(version, "hdcache", workers=list(able), on_error="return")
-    for address, answer in found.items():
-        there = {} if isinstance(answer, PackageNotFoundError) else {"hdcache": str(answer)}
-        check_versions({"hdcache": version("hdcache")}, there, f"the worker {address}")
+
+
+def answers(
+    client: Any, addresses: Collection[str], seconds: float, function: Callable[..., Any], *given: Any
+) -> dict[str, Any]:
+    """What ``function`` returns on each worker, or the error there; a ``TimeoutError`` where none answers in time."""
+
+    async def ask(address: str) -> Any:
+        try:
+            asked = client.run(function, *given, workers=[address], on_error="return")
+            return (await asyncio.wait_for(asked, seconds))[address]
+        except Exception as error:
+            return error
+
+    async def ask_all() -> list[Any]:
+        return list(await asyncio.gather(*map(ask, addresses)))
+
+    return dict(zip(addresses, client.sync(ask_all), strict=True))
 
 
 @contextmanager
@@ -186,19 +243,28 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _signals_kept_here() -> Iterator[None]:
-    """Ctrl-C on a terminal and SLURM's warning go to every process; workers that block them finish their shards.
+    """Ctrl-C on a terminal, SLURM's warning and its end go to every process; workers that block them finish their shards.
 
     Blocked signals are inherited: by the thread that Dask starts workers from, and by the workers.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # it unblocks signals where it is started first
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    resource_tracker.ensure_running()  # it ignores the other two, and unblocks them where it is started first
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_workers(others: Collection[Any]) -> None:
+    """Python ends children with the SIGTERM that these block, and then waits for them; Dask has had its time by now."""
+    for process in multiprocessing.active_children():
+        if process not in others and process.name.startswith("Dask Worker"):
+            process.kill()
+            process.join()
 
 
 def _restore(environment: Mapping[str, str | None]) -> None:

@@ -11,14 +11,14 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from hdcache.durable import durable_write
-from hdcache.extract.cluster import await_workers, local_client, per_machine, remote_client, workers_of
+from hdcache.extract.cluster import TASKS, answers, await_workers, local_client, per_machine, remote_client, workers_of
 from hdcache.extract.engines import Advance, EngineRequest, Job, Pending
 from hdcache.extract.machines import fingerprint, versions
 from hdcache.extract.task_window import TaskWindow
@@ -26,6 +26,8 @@ from hdcache.extract.worker import Recipe, forget, lease
 from hdcache.store import ABOUT, Store, read_about
 
 log = logging.getLogger(__name__)
+FORGET_SECONDS = 2.0
+"""How long workers may take to let a teacher go."""
 
 
 class DaskEngine:
@@ -56,6 +58,10 @@ class DaskEngine:
             scheduler = self.asked.scheduler or "this machine"
             await_workers(self._client, self.asked.resources, self.asked.timeout, scheduler)
         return self._client
+
+    def at_once(self) -> int:
+        """:data:`TASKS` of each process that is started here; the workers of a scheduler count for themselves."""
+        return TASKS * (self.asked.workers or 1) if self.asked.engine == "local" else 1
 
     def report(self) -> dict[str, Any] | None:
         """``engine``, ``workers``, ``seconds_loading`` (of all together), ``lost`` (shards that were given out again) and
@@ -94,7 +100,8 @@ class DaskEngine:
             self._report = window.report(self.asked.engine)
             note_differences(job.pipeline.store, job.record.name, self._report["differing"])
             if self.asked.engine == "dask" and client.status == "running":
-                client.run(forget, on_error="ignore", wait=False)
+                with suppress(OSError, RuntimeError):
+                    answers(client, list(workers_of(client)), FORGET_SECONDS, forget)
 
     def _recipe(self, job: Job) -> Recipe:
         store, teacher = job.pipeline.store, job.pipeline.teacher

@@ -1,7 +1,8 @@
 """Who extracts the shards: this process, processes started here, or the workers of a Dask scheduler.
 
-Every engine leaves the same store to the byte. What is done stands in the store's receipts, so any engine goes on
-where another one stopped.
+Every engine leaves the same store, to the byte where torch gives a batch the same bits: that may depend on the machine and,
+on a CPU, on how many threads one operation has (:mod:`hdcache.extract.lanes`). What is done stands in the store's receipts,
+so any engine goes on where another one stopped.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class Engine(Protocol):
     def write(self, job: Job, pending: Pending, advance: Advance) -> None:
         """Write what is left of a teacher's views and seal them; on any error what was finished stays."""
 
+    def at_once(self) -> int:
+        """Shards that are in this machine's memory at once, each in a pipeline of its own."""
+
     def report(self) -> dict[str, Any] | None:
         """What the last job's workers were, for the summary; None where there were none."""
 
@@ -68,6 +72,10 @@ class Inline:
             job.pipeline.repair(writer)
             job.pipeline.run(writer, todo, advance)
             writer.seal()
+
+    def at_once(self) -> int:
+        """1."""
+        return 1
 
     def report(self) -> dict[str, Any] | None:
         """None."""

@@ -94,7 +94,19 @@ class Lanes:
     def run(
         self, pixels: Sequence[NDArray[np.uint8] | None], ids: Sequence[str], view: int, encoders: Mapping[str, Encoder]
     ) -> Encoded:
-        """Encode a batch; ``pixels`` has None for rows that could not be read, whose arrays will be those of zeros."""
+        """Encode a batch; ``pixels`` has None for rows that could not be read, whose arrays will be those of zeros.
+
+        Raises
+        ------
+        UsageError
+            when the device's memory does not suffice for it, its encoding and the batches under way beside it.
+        """
+        with self.teacher.within_memory():
+            return self._run(pixels, ids, view, encoders)
+
+    def _run(
+        self, pixels: Sequence[NDArray[np.uint8] | None], ids: Sequence[str], view: int, encoders: Mapping[str, Encoder]
+    ) -> Encoded:
         gone = [row for row, found in enumerate(pixels) if found is None]
         visible = self.teacher.visible(ids, view)
         mask = None if visible is None else pack_visible(visible, self.teacher.card.tokens)

@@ -14,7 +14,7 @@ import torch
 from hdcache.datasets import Dataset, open_dataset, store_dataset
 from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
-from hdcache.extract.calibrate import calibrate, repair_constants, write_record
+from hdcache.extract.calibrate import calibrate, repair_constants
 from hdcache.reader import TeacherReader
 from hdcache.records import differences
 from hdcache.rendering import input_shape
@@ -65,6 +65,16 @@ class Asked:
             check_readable(teacher.backbone.model, parse_tap(request.tap, teacher.card.depth))
         return teacher, requests
 
+    def as_recorded(self, requests: Sequence[TapRequest], known: TeacherRecord | None) -> list[TapRequest]:
+        """``requests`` with the fidelity that the teacher was begun with, where none is asked for: its default may change."""
+        begun = {entry.tap: entry for entry in known.requests} if known is not None and self.fidelity is None else {}
+        return [
+            entry.model_copy(update={"fidelity": begun[entry.tap].fidelity})
+            if entry.encoding == "klt" and entry.tap in begun and begun[entry.tap].fidelity is not None
+            else entry
+            for entry in requests
+        ]
+
 
 def pixel_bytes(teacher: Teacher) -> int:
     """Bytes of one row's pixels."""
@@ -88,7 +98,6 @@ def open_or_create(
     ``prepare`` is called with the views before a store is made, refuses what would not fit them, and returns the bytes
     of one row's pixels. A store that nothing was written to, as a refused command leaves it, is made anew.
     """
-    asked = views if isinstance(views, ViewSpec) else parse_views(views or "mae", seed)
     side = parse_pixels(pixels)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; give --store a folder")
@@ -99,10 +108,7 @@ def open_or_create(
         )
     if data is not None and (there is None or not there.begun):
         dataset = shrunk(open_dataset(data) if isinstance(data, str) else data, side)
-        if views is None:
-            same = there is not None and not seed and not dataset_differences(dataset, there)
-            asked = there.card.views if there and same else parse_views(default_views(dataset.card), seed)
-        check_views(asked, dataset.card)
+        asked = new_views(dataset, there, views, seed)
         shard = shard_size(dataset.card.count, rows_per_shard, prepare(asked))
         card = StoreCard(dataset=dataset.card, views=asked, rows_per_shard=shard, rows_per_chunk=min(8, shard))
         path.mkdir(parents=True, exist_ok=True)
@@ -123,6 +129,25 @@ def open_or_create(
                     written_with={name: version(name) for name in decoders(dataset.card.kind)},
                 )
     store = Store.open(path)
+    return reopened(store, data, views, seed, pixels), store
+
+
+def new_views(dataset: Dataset, there: Store | None, views: str | ViewSpec | None, seed: int) -> ViewSpec:
+    """The views of a store that is made of ``dataset``, perhaps in place of one ``there`` that nothing was written to."""
+    if isinstance(views, ViewSpec):
+        drawn = views
+    elif views is None and not seed and there is not None and not dataset_differences(dataset, there):
+        drawn = there.card.views
+    else:
+        drawn = parse_views(views or default_views(dataset.card), seed)
+    check_views(drawn, dataset.card)
+    return drawn
+
+
+def reopened(
+    store: Store, data: str | Dataset | None, views: str | ViewSpec | None, seed: int, pixels: str | int | None
+) -> Dataset:
+    """The data set of a store that holds something; refused where data, views or pixels are others than it was made from."""
     check_pixels(store, pixels)
     try:
         dataset = store_dataset(store, data) if data is None or isinstance(data, str) else data
@@ -133,14 +158,15 @@ def open_or_create(
     lines = dataset_differences(dataset, store)
     if views is not None or seed:
         found = store.card.views
-        compared = asked if views is not None else found.model_copy(update={"seed": seed})
+        named = views if isinstance(views, ViewSpec) else parse_views(views, seed) if views is not None else None
+        compared = named or found.model_copy(update={"seed": seed})
         lines += differences(compared.whole(), found.whole(), "views")
     if lines:
         raise StoreMismatch(
-            f"{path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
+            f"{store.path} was made with other settings ({'; '.join(lines)}); give --store another folder, or the settings it has"
         )
     store.adopt_ids(dataset.card.fingerprint, dataset.ids)
-    return dataset, store
+    return dataset
 
 
 def check_pixels(store: Store, pixels: str | int | None) -> None:
@@ -206,10 +232,16 @@ def open_or_calibrate(
     threads: int,
     source: str,
 ) -> tuple[TeacherRecord, dict[str, Encoder]]:
-    """A new teacher is calibrated; one that the store has must be the same in all that changes values."""
+    """A new teacher is calibrated, and nothing written; one that the store has must be the same in all that changes values."""
     if known is None:
-        record, encoders = calibrate(store, dataset, teacher, requests, threads=threads, source=source)
-        return write_record(store, teacher, record, encoders), encoders
+        return calibrate(store, dataset, teacher, requests, threads=threads, source=source)
+    check_teacher(store, teacher, requests, known)
+    repair_constants(store, dataset, teacher, known, threads=threads)
+    return known, TeacherReader(store, teacher.name).encoders
+
+
+def check_teacher(store: Store, teacher: Teacher, requests: Sequence[TapRequest], known: TeacherRecord) -> None:
+    """:class:`StoreMismatch` where a teacher that the store has was made with other settings than are asked for."""
     asked = {
         "card": teacher.card.whole(),
         "requests": [entry.whole() for entry in requests],
@@ -224,5 +256,3 @@ def open_or_calibrate(
             f"teacher {teacher.name!r} in {store.path} was made with other settings ({'; '.join(lines)}); "
             f"repeat its settings, or add this one under another name: --teacher {store.free_name(teacher.name)}=..."
         )
-    repair_constants(store, dataset, teacher, known, threads=threads)
-    return known, TeacherReader(store, teacher.name).encoders

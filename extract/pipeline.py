@@ -9,7 +9,6 @@ place as a blank image, so a shard's bytes depend on nothing but its own rows: a
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,20 +21,17 @@ import numpy as np
 from hdcache import stopping
 from hdcache.datasets import Dataset
 from hdcache.errors import InputNotFound, TooManyFailures, UsageError
+from hdcache.extract.capacity import AHEAD, held_per_row, shards_ahead
 from hdcache.extract.lanes import Encoded, Lanes
 from hdcache.extract.rows import decode_row, order_of, shard_rows
 from hdcache.extract.writer import Row, ViewWriter
 from hdcache.plain_encodings import Parts
 from hdcache.progress import counted
 from hdcache.reader import MASK_ARRAY
-from hdcache.rendering import input_shape
-from hdcache.resources import memory_budget
 from hdcache.samples import Recorded
 from hdcache.store import Store
 from hdcache.teachers import Teacher, batches
 
-AHEAD = 2
-"""Shards whose pixels are held at once, the one that the teacher sees among them, and shards waiting to be written."""
 ENOUGH_TO_JUDGE = 8
 """Rows of one shard that, all without finite features, condemn the teacher and, all gone, the data set."""
 
@@ -103,15 +99,14 @@ class Pipeline:
         self.threads, self.max_failures, self.lanes = threads, max_failures, lanes
         self.timing = Timing()
         self._counting = threading.Lock()
-        pixels = store.card.rows_per_shard * math.prod(input_shape(teacher.card.preprocessing))
-        self.ahead = AHEAD if AHEAD * pixels <= memory_budget() else 1
-        """Shards of pixels that fit into memory; with one, decoding and the teacher wait for each other."""
 
     def run(self, writer: ViewWriter, shards: Sequence[int], advance: Callable[[int, Timing], None]) -> None:
         """Extract ``shards`` of one view; on any error what was finished stays, with its receipts.
 
         Raises
         ------
+        UsageError
+            when a shard's pixels and arrays do not fit into memory, or the teacher's features are not finite.
         TooManyFailures
             when more images fail than ``max_failures`` allows.
         InputNotFound
@@ -119,6 +114,8 @@ class Pipeline:
         Interrupted
             when a signal asked for a stop; the shards that were finished by then are written.
         """
+        # With one shard at a time, decoding, the teacher and writing wait for each other.
+        ahead = self._ahead(writer)
         with (
             Lanes(self.teacher, self.lanes) as lanes,
             ThreadPoolExecutor(AHEAD, "write") as writing,
@@ -138,7 +135,7 @@ class Pipeline:
                         self._settle(written, 0)
                         self._heed_a_stop()
                     # A shard's recorded geometry is read by a thread too, one shard before it is needed.
-                    while (waiting or listed) and len(under_way) < self.ahead:
+                    while (waiting or listed) and len(under_way) < ahead:
                         while waiting and len(listed) < 2:
                             number = waiting.pop(0)
                             listed.append((number, decoding.submit(shard_rows, self.store, writer.view, number)))
@@ -149,13 +146,17 @@ class Pipeline:
                     # What waits to be written needs the rows' numbers, not their pixels.
                     rows = [dataclasses.replace(row.result(), pixels=None) for row in shard.rows]
                     readable = [row.result().pixels is not None for row in shard.rows]
+                    # Their results would stay in memory until the next shard is encoded.
                     shard.rows.clear()
+                    shard.batches.clear()
                     self._check_data(shard.number, rows)
+                    self._settle(written, ahead - 1)
                     parts, failed, saturated = self._joined(writer, shard.number, rows, readable, encoded)
-                    self._settle(written, AHEAD - 1)
+                    del encoded
                     written.append(
                         (len(rows), writing.submit(self._write, writer, shard.number, rows, parts, failed, saturated))
                     )
+                    del parts
                     first = shard.number * self.store.card.rows_per_shard
                     self.timing.failed |= {self.store.ids[rows[row - first].sample]: why for row, why in failed.items()}
                     self.timing.waiting_for_disk = idle()
@@ -167,6 +168,12 @@ class Pipeline:
                 driving.shutdown(wait=False, cancel_futures=True)
                 decoding.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _ahead(self, writer: ViewWriter) -> int:
+        card = self.store.card
+        taps = [encoder.card for encoder in writer.encoders.values()]
+        rows = min(card.rows_per_shard, card.dataset.count)
+        return shards_ahead(self.teacher.name, rows, held_per_row(self.teacher.card, taps))
 
     def _idle(self) -> Callable[[], float]:
         """Seconds in which lanes had no batch, those of earlier runs included: writing was behind, or nothing else was left."""

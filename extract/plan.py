@@ -1,59 +1,32 @@
 """What an extraction will cost, told by a small one of the same kind: the story of ``hdcache plan``.
 
-    a few hundred rows -> the same pipeline into a scratch folder on the same disk -> bytes, objects, hours, break-even
+    what the store still lacks x what a trial (:mod:`hdcache.extract.trial`) measured -> bytes, objects, hours, break-even
 
 Nothing is written to the store itself.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from hdcache.datasets import Dataset, Subset, open_dataset, store_dataset
-from hdcache.encodings import fit, request
+from hdcache.datasets import open_dataset
 from hdcache.errors import InputNotFound, OutOfSpace, UsageError
 from hdcache.extract.budget import budget_share, with_budget
-from hdcache.extract.calibrate import features_of, pixels_of, token_grid
-from hdcache.extract.lanes import lanes_for
-from hdcache.extract.opening import Asked, check_pixels, open_or_calibrate, open_or_create, pixel_bytes, shard_size
+from hdcache.extract.capacity import check_memory, free_at, rows_left, samples_left, scratch_beside
+from hdcache.extract.opening import Asked, check_teacher, new_views, pixel_bytes, reopened, shard_size
 from hdcache.extract.packing import bytes_per_sample
-from hdcache.extract.pipeline import Pipeline
 from hdcache.extract.summary import shares, shares_text
-from hdcache.extract.writer import ViewWriter
-from hdcache.klt import prepare
-from hdcache.packed import pixels_ledger
+from hdcache.extract.trial import Trial, named, sample_of, try_out
 from hdcache.progress import counted, duration, size
-from hdcache.reader import TeacherReader
 from hdcache.resources import available_cores
-from hdcache.schema import TapRequest, TeacherRecord, ViewSpec
+from hdcache.schema import StoreCard, TapCard, TeacherRecord, ViewSpec
 from hdcache.shrinking import parse_pixels, shrunk
 from hdcache.store import Store
-from hdcache.taps import Tokens
-from hdcache.teachers import Teacher, choose_device
-from hdcache.views import row_order
-
-PROBE_ROWS = 320
-"""Rows that are extracted to see how fast that is."""
-PROBE_SHARDS = 5
-"""In so many shards; the first fills the pipeline and is not timed."""
-OTHERS_ROWS = 64
-"""Rows on which encodings that were not asked for are tried."""
-OTHERS: tuple[tuple[str, float | None], ...] = (
-    ("fp32", None), ("fp16", None), ("int8", None), ("klt", 0.05), ("klt", 0.1), ("klt", 0.2)
-)  # fmt: skip
-READ_ROWS = 32
+from hdcache.teachers import choose_device, split_name
 
 
 @dataclass
@@ -61,7 +34,7 @@ class TeacherPlan:
     """What one teacher will cost."""
 
     rows: int
-    """Rows of all views."""
+    """Rows of all views, less those that the store has."""
     taps: dict[str, dict[str, Any]]
     """Tap -> its encoding, bytes a row, bytes in all, certificate, and ``others``: encoding -> bytes in all."""
     bytes: int
@@ -138,172 +111,104 @@ def plan(
         raise UsageError(f"num_views {num_views} must be at least 1")
     share = budget_share(budget, asked.get("fidelity"), len(teachers))
     path, where = Path(store).expanduser(), choose_device(device)
+    known = Asked(tuple(taps), **asked)
+    cores = available_cores() if threads is None else threads
     there = Store.open(path) if (path / "zarr.json").is_file() else None
+    begun = there if there is not None and there.begun else None
     if there is None and data is None:
         raise InputNotFound(
             f"{path}: no store there yet; name the data set too: 'hdcache plan DATA --store {path} ...'"
         )
-    side = parse_pixels(pixels)
-    if there is not None and there.begun:
-        check_pixels(there, pixels)
-        side = there.card.dataset.shorter_side
-    whole = store_dataset(there) if data is None and there is not None else open_dataset(data or "")
-    dataset = shrunk(whole, side)
-    drawn = there.card.views if there is not None and there.begun and views is None else views
-    known = Asked(taps=tuple(taps), **asked)
-    home = next(folder for folder in path.absolute().parents if folder.is_dir())
-    sample = _sample(dataset, drawn.seed if isinstance(drawn, ViewSpec) else view_seed)
-    found = Plan(str(path), dataset.card.count, num_views, shutil.disk_usage(home).free)
-    if pixels is not None and not (there is not None and pixels_ledger(there).sealed):
-        found.pixels = round(dataset.card.count * bytes_per_sample(dataset))
+    if there is not None and (begun is not None or data is None):
+        dataset, drawn = reopened(there, data, views, view_seed, pixels), there.card.views
+    else:
+        dataset = shrunk(open_dataset(data or ""), parse_pixels(pixels))
+        drawn = new_views(dataset, there, views, view_seed)
+    sample = sample_of(dataset, drawn.seed)
+    count = dataset.card.count
+    found = Plan(str(path), count, num_views, free_at(path))
+    if pixels is not None:
+        left = samples_left(begun) if begun is not None else count
+        found.pixels = round(left * bytes_per_sample(dataset)) if left else 0
     for spec in teachers:
-        # Beside the store: its disk is the one that has to keep up.
-        scratch = home if os.access(home, os.W_OK) else None
-        with tempfile.TemporaryDirectory(prefix=".hdcache-plan-", dir=scratch) as folder:
-            name, part = _probe(
-                spec, sample, Path(folder) / "probe", known, drawn, view_seed, where,
-                available_cores() if threads is None else threads, dataset.card.count, num_views, rows_per_shard,
-                share,
-            )  # fmt: skip
-        found.teachers[name] = part
+        name = split_name(spec)[0]
+        record = begun.teacher(name) if begun is not None and name in begun.teachers() else None
+        teacher, requests = known.prepare(spec, drawn, where, path if begun is not None else None)
+        requests = known.as_recorded(requests, record)
+        if share is not None:
+            requests = with_budget(requests, share, count * num_views)
+        if begun is not None and record is not None:
+            check_teacher(begun, teacher, requests, record)
+        rows = rows_left(begun, name, num_views) if begun is not None else count * num_views
+        if record is not None and not rows:
+            found.teachers[name] = _nothing_left(record)
+            continue
+        shard = begun.card.rows_per_shard if begun else shard_size(count, rows_per_shard, pixel_bytes(teacher))
+        # On the disk of the store, which is the one that has to keep up.
+        with tempfile.TemporaryDirectory(prefix=".hdcache-plan-", dir=scratch_beside(path)) as folder:
+            trial = try_out(sample, Path(folder) / "probe", teacher, requests, drawn, shard, cores)
+        card = StoreCard(dataset=dataset.card, views=drawn, rows_per_shard=shard, rows_per_chunk=min(8, shard))
+        check_memory(card, name, teacher.card, trial.record.taps.values(), 1)
+        found.teachers[name] = priced(trial, rows, count, shard, calibrated=record)
     return found
 
 
-def _sample(dataset: Dataset, seed: int) -> Dataset:
-    """The samples of the first rows of view 0, or all."""
-    count = dataset.card.count
-    if count <= PROBE_ROWS:
-        return dataset
-    chosen = np.sort(row_order(count, seed, 0)[:PROBE_ROWS])
-    return Subset(dataset, tuple(dataset.ids[int(place)] for place in chosen))
+def priced(trial: Trial, rows: int, count: int, shard: int, calibrated: TeacherRecord | None = None) -> TeacherPlan:
+    """What ``rows`` rows in shards of ``shard`` cost, and an epoch of ``count`` samples without them.
 
-
-def _probe(
-    spec: str,
-    sample: Dataset,
-    folder: Path,
-    asked: Asked,
-    views: str | ViewSpec | None,
-    seed: int,
-    device: torch.device,
-    threads: int,
-    count: int,
-    num_views: int,
-    rows_per_shard: int,
-    budget: int | None,
-) -> tuple[str, TeacherPlan]:
-    """Extract the sample with one teacher; its name, and what ``count`` samples under ``num_views`` views will cost."""
-    prepared: list[tuple[Teacher, list[TapRequest]]] = []
-
-    def check(drawn: ViewSpec) -> int:
-        prepared.append(asked.prepare(spec, drawn, device))
-        return pixel_bytes(prepared[0][0])
-
-    of_probe = max(1, len(sample.ids) // PROBE_SHARDS)
-    _, store = open_or_create(sample, folder, views, seed, of_probe, check)
-    teacher, requests = prepared[0]
-    if budget is not None:
-        requests = with_budget(requests, budget, count * num_views)
-    began = time.perf_counter()
-    record, encoders = open_or_calibrate(store, sample, teacher, requests, None, threads=threads, source="")
-    calibrated = time.perf_counter() - began
-    writer = ViewWriter(store, record, encoders, 0)
-    writer.open()
-    lanes = lanes_for(teacher, [card.encoding for card in record.taps.values()])
-    pipeline = Pipeline(store, sample, teacher, threads=threads, max_failures=None, lanes=lanes)
-    marks: list[tuple[float, int]] = []
-    pipeline.run(writer, writer.todo(), lambda rows, _: marks.append((time.perf_counter(), rows)))
-    writer.seal()
-    slow, fast = _rates(marks)
-    rows = count * num_views
-    shard = shard_size(count, rows_per_shard, pixel_bytes(teacher))
-    arrays = sum(len(encoder.card.arrays) for encoder in encoders.values()) + (record.card.mask is not None)
+    The bytes of a row are the trial's, those of ``calibrated`` where the teacher is in the store already.
+    """
+    cards = (calibrated or trial.record).taps
+    slow, fast = trial.rates
+    start = 0.0 if calibrated is not None else trial.calibration
+    arrays = sum(len(card.arrays) for card in cards.values()) + (trial.record.card.mask is not None)
+    views = -(-rows // count)
     # A shard's arrays and receipt, the view's geometry and its receipt; and what a view has once.
-    objects = num_views * (-(-count // shard) * (arrays + 4) + arrays + 8)
-    others = _others(store, sample, teacher, requests, threads)
-    taps: dict[str, dict[str, Any]] = {
-        tap: {
-            "encoding": card.encoding,
-            "fidelity": card.fidelity,
-            "bytes_per_row": round(card.bytes_per_row, 1),
-            "bytes": round(rows * card.bytes_per_row),
-            "certificate": card.certificate.model_dump(mode="json"),
-            "others": {name: round(rows * each) for name, each in others.get(tap, {}).items()},
-        }
-        for tap, card in record.taps.items()
+    objects = -(-rows * -(-count // shard) // count) * (arrays + 4) + views * (arrays + 8)
+    taps = {
+        tap: _tap(card, rows) | {"others": {name: round(rows * per) for name, per in trial.others.get(tap, {}).items()}}
+        for tap, card in cards.items()
     }
-    timing, probed = pipeline.timing, sum(number for _, number in marks)
-    forward = count * timing.forward / max(1, probed)
-    reading = count * _read_seconds(store, record) / max(1, probed)
-    extraction = rows / ((slow + fast) / 2)
-    return teacher.name, TeacherPlan(
+    forward, reading = (count * seconds / max(1, trial.rows) for seconds in (trial.timing.forward, trial.reading))
+    extraction = start + rows / ((slow + fast) / 2)
+    return TeacherPlan(
         rows=rows,
         taps=taps,
         bytes=sum(found["bytes"] for found in taps.values()),
         objects=objects,
         rows_per_second=(round(slow, 1), round(fast, 1)),
-        seconds=(round(calibrated + rows / fast, 1), round(calibrated + rows / slow, 1)),
-        shares=shares(timing.stages()),
-        bottleneck=timing.bottleneck(),
+        seconds=(round(start + rows / fast, 1), round(start + rows / slow, 1)),
+        shares=shares(trial.timing.stages()),
+        bottleneck=trial.timing.bottleneck(),
         forward_seconds_per_epoch=round(forward, 1),
         read_seconds_per_epoch=round(reading, 1),
-        pays_after=round((calibrated + extraction) / (forward - reading), 1) if forward > reading else None,
+        pays_after=round(extraction / (forward - reading), 1) if forward > reading else None,
     )
 
 
-def _rates(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """Slowest and fastest rows/s of the shards after the first, at least 10 % from their mean."""
-    times = [now - before for (before, _), (now, _) in itertools.pairwise(marks)]
-    rates = [rows / max(seconds, 1e-9) for seconds, (_, rows) in zip(times, marks[1:], strict=True)]
-    if not rates:
-        raise UsageError("too few samples to plan for: they are extracted sooner than measured; run 'hdcache extract'")
-    mean = sum(rows for _, rows in marks[1:]) / max(sum(times), 1e-9)
-    return min(statistics.quantiles(rates, n=4)[0] if len(rates) > 1 else mean, 0.9 * mean), max(
-        statistics.quantiles(rates, n=4)[2] if len(rates) > 1 else mean, 1.1 * mean
-    )
+def _tap(card: TapCard, rows: int) -> dict[str, Any]:
+    return {
+        "encoding": card.encoding,
+        "fidelity": card.fidelity,
+        "bytes_per_row": round(card.bytes_per_row, 1),
+        "bytes": round(rows * card.bytes_per_row),
+        "certificate": card.certificate.model_dump(mode="json"),
+        "others": {},
+    }
 
 
-def _read_seconds(store: Store, record: TeacherRecord) -> float:
-    """Seconds to read and decode every row of the probe, as a training run does."""
-    reader, count = TeacherReader(store, record.name), store.card.dataset.count
-    began = time.perf_counter()
-    for start in range(0, count, READ_ROWS):
-        for tap in record.taps:
-            reader.tap(0, tap, start, min(start + READ_ROWS, count))
-    return time.perf_counter() - began
-
-
-def _others(
-    store: Store, sample: Dataset, teacher: Teacher, requests: Sequence[TapRequest], threads: int
-) -> dict[str, dict[str, float]]:
-    """Tap -> encoding -> bytes a row, of token taps in encodings that were not asked for."""
-    asked = {entry.tap: (entry.encoding, entry.fidelity) for entry in requests}
-    pixels, ids = pixels_of(store, sample, teacher, OTHERS_ROWS, threads)
-    features = features_of(teacher, pixels, list(asked), teacher.visible(ids, 0))
-    found: dict[str, dict[str, float]] = {}
-    for tap, value in features.items():
-        if not isinstance(value, Tokens) or len(ids) < 2:
-            continue
-        half = max(1, len(ids) * 3 // 4)
-        first, held = (Tokens(value.prefix[rows], value.patches[rows]) for rows in (slice(0, half), slice(half, None)))
-        grid = token_grid(teacher.card)
-        prepared = prepare(first.patches, grid)
-        for encoding, fidelity in OTHERS:
-            if (encoding, fidelity) != asked[tap]:
-                card = fit(request(tap, encoding, fidelity), first, held, grid, prepared).card
-                found.setdefault(tap, {})[named(encoding, fidelity)] = card.bytes_per_row
-    return found
-
-
-def named(encoding: str, fidelity: float | None) -> str:
-    """``klt 5 %``, ``fp16``."""
-    return encoding + (f" {100 * fidelity:g} %" if fidelity else "")
+def _nothing_left(record: TeacherRecord) -> TeacherPlan:
+    taps = {tap: _tap(card, 0) for tap, card in record.taps.items()}
+    return TeacherPlan(0, taps, 0, 0, (0.0, 0.0), (0.0, 0.0), {}, "nothing left to do", 0.0, 0.0, None)
 
 
 def format_plan(found: Plan) -> str:
     """The plan as text."""
     lines = [f"{found.store}: {counted(found.samples, 'samples')} x {counted(found.num_views, 'views')}"]
     for name, part in found.teachers.items():
+        if not part.rows:
+            lines.append(f"  {name}: every row is in the store")
+            continue
         for tap, facts in part.taps.items():
             others = ", ".join(f"{other} {size(count)}" for other, count in facts["others"].items())
             lines.append(

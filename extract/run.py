@@ -8,28 +8,29 @@ The same command again finishes what is missing, retries rows that failed, and c
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from hdcache.encodings import Encoder
-from hdcache.errors import OutOfSpace, UsageError
+from hdcache.errors import UsageError
 from hdcache.extract.budget import budget_share, with_budget
+from hdcache.extract.calibrate import write_record
+from hdcache.extract.capacity import check_memory, check_space, rows_left, samples_left
 from hdcache.extract.engine_choice import open_engine, parse_engine
 from hdcache.extract.engines import Engine, Job
 from hdcache.extract.lanes import lanes_for
-from hdcache.extract.opening import Asked, open_or_calibrate, open_or_create, pixel_bytes
-from hdcache.extract.packing import pack
+from hdcache.extract.opening import Asked, check_teacher, open_or_calibrate, open_or_create, pixel_bytes
+from hdcache.extract.packing import bytes_per_sample, pack
 from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.summary import ExtractSummary, account
 from hdcache.extract.writer import ViewWriter
 from hdcache.progress import Progress, size
 from hdcache.resources import available_cores
 from hdcache.schema import MaskSpec, TapRequest, TeacherRecord, ViewSpec
-from hdcache.store import Store
 from hdcache.teachers import Teacher, absolute_spec, choose_device, split_name
 from hdcache.views import check_input
 
@@ -79,7 +80,8 @@ def extract(
     num_views
         views per sample; more can be added by a later call.
     encoding, fidelity, top_k
-        see :mod:`hdcache.tap_requests`; klt at 5 % relative RMSE by default, every class of logits.
+        see :mod:`hdcache.tap_requests`; by default klt at 10 % relative RMSE, or what a teacher that is in the store already was
+        begun with, and every class of logits.
     budget
         bytes that the rows may need, views asked for now and all teachers (in equal shares) together: klt taps then get the
         fidelities whose errors together are least (:mod:`hdcache.extract.budget`). A number, or ``100GB``.
@@ -87,7 +89,7 @@ def extract(
         run the teachers on some of their patch tokens (:func:`~hdcache.masks.parse_mask`: ``0.75``, ``random:0.75``,
         ``tube:0.75``; the share is hidden): another mask or seed is another teacher, under a name of its own.
     batch
-        images per forward pass; a rerun uses the number that the teacher was started with.
+        images per forward pass; a rerun uses the number that the teacher was started with, another one is another name's.
     rows_per_shard
         rows that are written together, at most: fewer for small data, and where their pixels would fill more than
         :data:`SHARD_PIXELS` bytes.
@@ -98,7 +100,8 @@ def extract(
         images whose shorter side was larger shrunk to it, before any teacher sees them.
     engine
         ``inline``: this process; ``local``: processes that are started here; ``dask``: the workers of a scheduler. The
-        store is the same to the byte. Left out, ``workers`` means local, ``scheduler`` dask, neither inline.
+        store is the same, to the byte where torch gives every batch the same bits: docs/scaling.md says when. Left out,
+        ``workers`` means local, ``scheduler`` dask, neither inline.
     workers
         local: processes; by default one for each CUDA device.
     scheduler
@@ -129,10 +132,10 @@ def extract(
     asked = Asked(tuple(taps), encoding, fidelity, top_k, img_size, teacher_mask, teacher_mask_seed, precision, batch)
     with open_engine(spread, where) as running:
         prepared: list[tuple[Teacher, list[TapRequest]]] = []
+        alone = len(teachers) == 1
 
         def check(spec: str, drawn: ViewSpec) -> int:
             # Several teachers may not fit beside each other: each is looked at on the CPU, and loaded again for its turn.
-            alone = len(teachers) == 1
             teacher, requests = asked.prepare(spec, drawn, where if alone else torch.device("cpu"))
             prepared.extend([(teacher, requests)] * alone)
             return pixel_bytes(teacher)
@@ -142,37 +145,62 @@ def extract(
 
         path = Path(store).expanduser()
         dataset, opened = open_or_create(data, path, views, view_seed, rows_per_shard, check_all, pixels)
-        if pixels is not None:
-            dataset = pack(opened, dataset, threads=decoding, quiet=quiet)
         summary = ExtractSummary(str(opened.path))
+        measured: dict[str, tuple[TeacherRecord, dict[str, Encoder]]] = {}
+
+        def load(spec: str) -> tuple[Teacher, list[TapRequest], TeacherRecord | None]:
+            name = split_name(spec)[0]
+            known = opened.teacher(name) if name in opened.teachers() else None
+            teacher, requests = prepared.pop() if prepared else asked.prepare(spec, opened.card.views, where, path)
+            check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}", path)
+            requests = asked.as_recorded(requests, known)
+            if share is not None:
+                requests = with_budget(requests, share, opened.card.dataset.count * num_views)
+            return dataclasses.replace(teacher, batch=known.batch if known else batch), requests, known
+
+        def measure(spec: str) -> None:
+            """Calibrate a teacher, or hold it to its record; nothing is written yet."""
+            teacher, requests, known = load(spec)
+            record, encoders = open_or_calibrate(
+                opened, dataset, teacher, requests, known, threads=decoding, source=absolute_spec(split_name(spec)[1])
+            )
+            check_memory(opened.card, teacher.name, teacher.card, record.taps.values(), running.at_once())
+            measured[teacher.name] = (record, encoders)
+            prepared.extend([(teacher, requests)] * alone)
 
         def take(spec: str) -> None:
             """The turn of one teacher; its network is gone when this returns."""
-            name = split_name(spec)[0]
-            with opened.lock(name):
-                known = opened.teacher(name) if name in opened.teachers() else None
-                teacher, requests = prepared.pop() if prepared else asked.prepare(spec, opened.card.views, where, path)
-                check_input(opened.card.views, teacher.card.preprocessing, f"teacher {name}", path)
-                teacher = dataclasses.replace(teacher, batch=known.batch if known else batch)
-                if share is not None:
-                    requests = with_budget(requests, share, opened.card.dataset.count * num_views)
-                source = absolute_spec(split_name(spec)[1])
-                record, encoders = open_or_calibrate(
-                    opened, dataset, teacher, requests, known, threads=decoding, source=source
-                )
-                lanes = lanes_for(teacher, [card.encoding for card in record.taps.values()])
-                pipeline = Pipeline(opened, dataset, teacher, threads=decoding, max_failures=max_failures, lanes=lanes)
-                started = time.perf_counter()
-                job = Job(pipeline, record, source, device, threads)
-                extract_views(job, encoders, num_views, running, quiet=quiet)
-                summary.failed |= pipeline.timing.failed
-                summary.teachers[name] = account(
-                    opened, record, pipeline.timing, time.perf_counter() - started, num_views
-                )
-                summary.teachers[name]["workers"] = running.report()
+            teacher, requests, known = load(spec)
+            record, encoders = measured[teacher.name]
+            if known is None:
+                record = write_record(opened, teacher, record, encoders)
+            else:
+                check_teacher(opened, teacher, requests, known)
+            lanes = lanes_for(teacher, [card.encoding for card in record.taps.values()])
+            pipeline = Pipeline(opened, dataset, teacher, threads=decoding, max_failures=max_failures, lanes=lanes)
+            started = time.perf_counter()
+            job = Job(pipeline, record, absolute_spec(split_name(spec)[1]), device, threads)
+            extract_views(job, encoders, num_views, running, quiet=quiet)
+            summary.failed |= pipeline.timing.failed
+            seconds = time.perf_counter() - started
+            summary.teachers[teacher.name] = account(opened, record, pipeline.timing, seconds, num_views)
+            summary.teachers[teacher.name]["workers"] = running.report()
 
-        for spec in teachers:
-            take(spec)
+        with ExitStack() as held:
+            for name in dict.fromkeys(split_name(spec)[0] for spec in teachers):
+                held.enter_context(opened.lock(name))
+            for spec in teachers:
+                measure(spec)
+            rows = {
+                name: (rows_left(opened, name, num_views), sum(card.bytes_per_row for card in record.taps.values()))
+                for name, (record, _) in measured.items()
+            }
+            left = samples_left(opened) if pixels is not None else 0
+            check_space(opened, rows, left * bytes_per_sample(dataset) if left else 0)
+            if pixels is not None:
+                dataset = pack(opened, dataset, threads=decoding, quiet=quiet)
+            for spec in teachers:
+                take(spec)
         return summary
 
 
@@ -183,8 +211,6 @@ def extract_views(job: Job, encoders: dict[str, Encoder], num_views: int, engine
     pending = [(writer, todo) for writer in writers if (todo := writer.todo()) or not writer.sealed()]
     total = sum(writer.rows for writer in writers)
     left = sum(rows_of(writer, todo) for writer, todo in pending)
-    new = sum(rows_of(writer, [s for s in todo if writer.ledger.receipt(s) is None]) for writer, todo in pending)
-    check_space(pipeline.store, record, new)
     with Progress(f"extract {record.name}", total, "rows", quiet=quiet) as bar:
         bar.skip(total - left)
 
@@ -201,14 +227,3 @@ def rows_of(writer: ViewWriter, shards: Sequence[int]) -> int:
     """Rows that some shards of a view hold; the last one may be short."""
     size = writer.store.card.rows_per_shard
     return sum(min(size, writer.rows - shard * size) for shard in shards)
-
-
-def check_space(store: Store, record: TeacherRecord, rows: int) -> None:
-    """Refuse a run whose rows, all views together, will not fit: by the bits per value measured at calibration."""
-    need = rows * sum(card.bytes_per_row for card in record.taps.values())
-    free = shutil.disk_usage(store.path).free
-    if need > free:
-        raise OutOfSpace(
-            f"{store.path}: about {size(need)} are needed for {rows:,} rows, {size(free)} are free; "
-            "free space, store fewer taps or views, or ask for a coarser --fidelity"
-        )

@@ -6,9 +6,12 @@ is done, and the same command does the rest.
 
 from __future__ import annotations
 
+import errno
+import logging
 import time
 from collections import Counter
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -23,10 +26,15 @@ from hdcache.extract.worker import Recipe, lease, write_shard
 from hdcache.progress import counted
 from hdcache.views import row_order
 
+log = logging.getLogger(__name__)
 KILLS = 3
-"""Workers that a shard may take with it, the last one while nothing else runs, before it is left alone."""
+"""Times that a shard may fail on its worker or take it with it, the last one while nothing else runs, before it is left alone."""
 IN_A_ROW = 8
-"""Shards lost with their workers, and none finished in between, after which it is not the shards' fault."""
+"""Shards that failed on their workers or were lost with them, none finished in between, after which it is not the shards' fault."""
+AVOID_SECONDS = 60.0
+"""How long a worker on which a shard failed gets no other, where there are others."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""The store's own disk; no other worker has more room on it."""
 LOOK_SECONDS = 2.0
 """How often the scheduler is asked which workers it has."""
 GATHER_SECONDS = 10.0
@@ -59,7 +67,14 @@ class TaskWindow:
         self.flying: dict[Any, Task] = {}
         self.unseen: dict[Task, tuple[float, str]] = {}
         """Written on another machine, as it says, but not to be seen here yet: since when, and where."""
+        self.later: list[tuple[float, Task]] = []
+        """Given back by workers that do not see the lease yet: not before that time."""
         self.kills: Counter[Task] = Counter()
+        self.reasons: dict[Task, str] = {}
+        """What became of a shard's last try."""
+        self.able: list[str] = []
+        self.avoided: dict[str, float] = {}
+        """Address of a worker on which a shard failed: since when."""
         self.suspects: list[Task] = []
         self.alone = False
         """Whether a suspect runs with nothing beside it, so that a dead worker can be nobody else's doing."""
@@ -89,13 +104,14 @@ class TaskWindow:
         while True:
             self._heed_a_stop()
             self._look()
+            self._take_up()
             if not self.flying:
-                self.alone = not self.waiting and bool(self.suspects)
+                self.alone = not self.waiting and not self.later and bool(self.suspects)
                 if self.alone:
                     self.waiting.append(self.suspects.pop(0))
             while self.waiting and len(self.flying) < (1 if self.alone else self.window):
                 self._submit(self.waiting.pop())
-            if not self.flying and not self.unseen:
+            if not self.flying and not self.unseen and not self.later:
                 break
             finished = [future for future in self.flying if future.status != "pending"]
             for future in finished:
@@ -115,6 +131,7 @@ class TaskWindow:
         self.error = self.error or error
         self.ending = True
         self.waiting.clear()
+        self.later.clear()
         self.suspects.clear()
         lease(self.store.path, self.job.record.name).unlink(missing_ok=True)
 
@@ -126,50 +143,82 @@ class TaskWindow:
         """See which workers there are; how many tasks fly follows them."""
         now = time.monotonic()
         if self.client.status != "running":
-            raise self._disconnected()
+            raise self.error or self._disconnected()
         if now - self.looked < LOOK_SECONDS:
             return
         try:
             able = slots(workers_of(self.client), self.asked.resources)
         except (OSError, CancelledError):
-            raise self._disconnected() from None
+            raise self.error or self._disconnected() from None
         self.looked = now
+        self.able = list(able)
         self.workers = max(self.workers, len(able))
         # One more for each worker than it runs at once, so that none waits for this process.
         self.window = max(1, sum(able.values()) + len(able))
         if able:
             self.had_workers = now
         elif now - self.had_workers > self.asked.timeout:
-            raise Interrupted(
+            raise self.error or Interrupted(
                 f"no worker is left and none came back within {self.asked.timeout:g} seconds; all finished shards are written to "
                 f"{self.store.path}: start workers and run the same command again to go on"
             )
+
+    def _take_up(self) -> None:
+        now = time.monotonic()
+        self.waiting[:0] = [task for due, task in self.later if due <= now]
+        self.later = [(due, task) for due, task in self.later if due > now]
+
+    def _elsewhere(self) -> dict[str, Any]:
+        """Where a task may go, while some workers are avoided: to any of the others as long as there is one."""
+        now = time.monotonic()
+        others = [each for each in self.able if now - self.avoided.get(each, -AVOID_SECONDS) >= AVOID_SECONDS]
+        return {"workers": others, "allow_other_workers": True} if 0 < len(others) < len(self.able) else {}
 
     def _submit(self, task: Task) -> None:
         self.submitted += 1
         key = f"write_shard-{self.recipe['run'].rpartition(' ')[2]}-{self.submitted}"
         resources = self.asked.resources or None
-        future = self.client.submit(write_shard, self.recipe, *task, key=key, pure=False, resources=resources)
+        future = self.client.submit(
+            write_shard, self.recipe, *task, key=key, pure=False, resources=resources, **self._elsewhere()
+        )
         self.flying[future] = task
 
     def _collect(self, future: Any, task: Task) -> None:
         if future.status in ("cancelled", "lost"):
-            raise self._disconnected()
+            raise self.error or self._disconnected()
         try:
             found = future.result(timeout=GATHER_SECONDS)
-        except TimeoutError:
-            return  # its worker died with the answer: Dask asks another one
         except KilledWorker as error:
             del self.flying[future]
-            self._bury(task, error)
+            self._bury(task, f"its worker {error.last_worker.address} died", int(error.allowed_failures) + 1)
         except CancelledError:
-            raise self._disconnected() from None
+            raise self.error or self._disconnected() from None
         except Exception as error:
+            if isinstance(error, OSError) and future.status != "error":
+                # Its worker died with the answer, and Dask asks another one; or the scheduler is gone.
+                time.sleep(POLL_SECONDS)
+                return
             del self.flying[future]
-            self._end(error)
+            self._bury(task, f"{type(error).__name__}: {error}")
         else:
             del self.flying[future]
-            self._count(task, found)
+            if "crash" in found or ("os_error" in found and found["os_error"][0] not in FULL):
+                self._failed(future, task, found)
+            else:
+                self._count(task, found)
+
+    def _failed(self, future: Any, task: Task, found: dict[str, Any]) -> None:
+        """A worker lives but could not do it: its machine may be at fault (a stale mount, a full /tmp), so others try."""
+        with suppress(OSError, CancelledError, TimeoutError):
+            for addresses in self.client.who_has([future]).values():
+                self.avoided |= dict.fromkeys(addresses, time.monotonic())
+        if "crash" in found:
+            log.info("shard %d of view %d on %s:\n%s", task.shard, task.view, found["node"], found["crash"])
+            what = str(found["crash"]).strip().rpartition("\n")[2] + " (-v prints where)"
+        else:
+            number, text, file = found["os_error"]
+            what = f"[Errno {number}] {text}" + (f": {file}" if file else "")
+        self._bury(task, f"on {found['node']}: {what}")
 
     def _count(self, task: Task, found: dict[str, Any]) -> None:
         if "error" in found:
@@ -178,8 +227,6 @@ class TaskWindow:
             self._end((known if isinstance(known, type) and issubclass(known, HdcacheError) else HdcacheError)(text))
         elif "os_error" in found:
             self._end(OSError(*found["os_error"]))
-        elif "crash" in found:
-            self._end(RuntimeError(f"shard {task.shard} of view {task.view} on {found['node']}: {found['crash']}"))
         elif "stopped" in found:
             self._given_back(task, str(found["node"]))
         else:
@@ -202,8 +249,7 @@ class TaskWindow:
                 )
             )
             return
-        self.waiting.insert(0, task)
-        time.sleep(LOOK_SECONDS)
+        self.later.append((time.monotonic() + LOOK_SECONDS, task))
 
     def _add(self, task: Task, found: dict[str, Any]) -> None:
         """Add a worker's seconds and failures to the run's.
@@ -242,21 +288,23 @@ class TaskWindow:
             self.advance(rows, timing)
             try:
                 self.job.pipeline.check_failures()
-            except HdcacheError as error:
+                self._seal(task.view)
+            except (HdcacheError, OSError) as error:
                 self._end(error)
-            self._seal(task.view)
 
     def _seal(self, view: int) -> None:
         if not self.left[view]:
             self.writers[view].seal()
 
-    def _bury(self, task: Task, error: KilledWorker) -> None:
-        """A worker died while it had this task: perhaps of it, perhaps of another task, perhaps of nothing at all."""
+    def _bury(self, task: Task, reason: str, times: int = 1) -> None:
+        """A shard failed, or its worker died: perhaps of it, perhaps of another task, perhaps of nothing at all."""
         self.lost += 1
         self.in_a_row += 1
-        self.kills[task] += int(error.allowed_failures) + 1
+        self.kills[task] += times
+        self.reasons[task] = reason
         if self.ending:
             return
+        log.warning("shard %d of view %d is tried again: %s", task.shard, task.view, reason)
         if self.alone and self.kills[task] >= KILLS:
             self.condemned.append(task)
         else:
@@ -264,9 +312,9 @@ class TaskWindow:
         if not self.alone and self.in_a_row >= max(IN_A_ROW, 2 * self.window):
             self._end(
                 WorkersFailed(
-                    f"workers die whatever shard they are given: {self.in_a_row} in a row, the last one at "
-                    f"{error.last_worker.address}; is there memory enough for each of {counted(self.workers, 'workers')}? Start fewer, or give --batch a "
-                    "lower number with a new teacher name; finished shards are safe, and the same command goes on"
+                    f"workers fail whatever shard they are given: {self.in_a_row} in a row, the last time {reason}; is there memory enough "
+                    f"for each of {counted(self.workers, 'workers')}, and do all of them reach data and store? Start fewer, or give --batch "
+                    "a lower number with a new teacher name; finished shards are safe, and the same command goes on"
                 )
             )
 
@@ -286,9 +334,11 @@ class TaskWindow:
             order = row_order(card.dataset.count, card.views.seed, task.view)[start : start + card.rows_per_shard]
             names = sorted(self.store.ids[int(sample)] for sample in order)
             few = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-            lines.append(f"view {task.view} shard {task.shard} (rows {start} to {start + len(names) - 1}: {few})")
+            lines.append(
+                f"view {task.view} shard {task.shard} (rows {start} to {start + len(names) - 1}: {few}): {self.reasons[task]}"
+            )
         return WorkersFailed(
-            f"{counted(len(lines), 'shards')} killed every worker that tried, the last one while nothing else ran: {'; '.join(lines)}. "
+            f"{counted(len(lines), 'shards')} failed on every worker that tried, the last one while nothing else ran: {'; '.join(lines)}. "
             f"All other shards are written to {self.store.path}. Give workers more memory, or find the {card.dataset.noun} that crash "
             "with --engine inline, and run the same command again"
         )

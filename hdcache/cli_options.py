@@ -33,7 +33,7 @@ def extraction(command: Command) -> Command:
             click.option("--views", help="How views are drawn: mae, supervised, gentle, center, resize; of videos videomae, videomae-ssv2, clip-center.  [default: mae, videomae]"),
             click.option("--num-views", default=1, show_default=True, help="Views per sample."),
             click.option("--view-seed", default=0, show_default=True, help="Seed of the views of a new store."),
-            click.option("--fidelity", type=float, help="Relative RMSE to allow (klt encoding).  [default: 0.05]"),
+            click.option("--fidelity", type=float, help="Relative RMSE to allow (klt encoding).  [default: 0.1, or that of a teacher in the store]"),
             click.option("--encoding", help="klt, int8, fp16, bf16, fp32; relations: sqrt8, fp16, fp32; logits: topk."),
             click.option("--precision", default="auto", show_default=True, help="Teacher arithmetic: auto, bf16, fp32."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),

@@ -46,6 +46,8 @@ from hdcache.tap_requests import DEFAULT_FIDELITY
 from hdcache.tap_requests import request as request
 from hdcache.taps import Coded, Tokens
 
+DIGITS = 6
+"""Of every measured number that a store records."""
 # Rows that are measured, and compressed, together.
 CODEC_ROWS = 8
 PASS_VALUES = 1 << 20
@@ -215,11 +217,16 @@ def fit(
         certificate=blank,
     )
     draft = Encoder(card, constants)
-    measured = blank.model_copy(update=_measure(draft, heldout))
+    measured = blank.model_copy(update=rounded(_measure(draft, heldout)))
     if found:
         least = klt.bound(found.eigenvalues, measured.relative_rmse)
-        measured = measured.model_copy(update={"bound_bits": least if math.isfinite(least) else None})
+        measured = measured.model_copy(update=rounded({"bound_bits": least}) if math.isfinite(least) else {})
     return Encoder(card.model_copy(update={"certificate": measured}), constants)
+
+
+def rounded(measured: Mapping[str, float | int]) -> dict[str, float | int]:
+    """To :data:`DIGITS` digits: the last bits of a sum depend on how many threads made it, and a certificate is hashed."""
+    return {name: value if isinstance(value, int) else float(f"{value:.{DIGITS}g}") for name, value in measured.items()}
 
 
 def _rows(value: Tokens | Tensor) -> int:

@@ -12,7 +12,7 @@ from hdcache.taps import parse_tap
 
 TOKEN_ENCODINGS = ("fp32", "fp16", "bf16", "int8", "klt")
 RELATION_ENCODINGS = ("fp32", "fp16", "sqrt8")
-DEFAULT_FIDELITY = 0.05
+DEFAULT_FIDELITY = 0.1
 VECTOR_ENCODINGS = ("fp32", "fp16", "bf16")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,19 @@ class Teacher:
         UsageError
             when ``batch`` images are too many for the device's memory.
         """
-        try:
+        with self.within_memory():
             return self._forward(pixels, taps, None if visible is None else torch.from_numpy(visible))
+
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Have work on a batch end in a :class:`UsageError` where the device's memory does not suffice for it."""
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise UsageError(
                 f"teacher {self.name}: {self.device} has too little memory for {self.batch} {'clips' if self.card.preprocessing.frames else 'images'} at a time; "
-                f"give --batch a number lower than {self.batch}"
+                f"give --batch a number lower than {self.batch}, and where a store has {self.name} already, which keeps it to its "
+                "batch, another name too: --teacher NAME=..."
             ) from None
 
     def _forward(self, pixels: Tensor, taps: Sequence[str], visible: Tensor | None) -> dict[str, Tokens | Tensor]:

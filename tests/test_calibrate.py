@@ -87,6 +87,7 @@ def test_an_attention_input_states_what_its_relations_cost(
         assert certificate.kl_qk is not None
         assert certificate.kl_vv is not None
         costs.append((certificate.kl_qk, certificate.kl_vv))
+        assert costs[-1] == tuple(float(f"{value:.6g}") for value in costs[-1]), "digits that threads decide"
         assert record.taps["final"].certificate.kl_qk is None
     assert 0 <= costs[0][0] < costs[1][0]
     assert 0 <= costs[0][1] < costs[1][1]

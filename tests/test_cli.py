@@ -230,7 +230,7 @@ def test_every_fault_is_one_line_and_its_exit_code(run, data, tmp_path, monkeypa
 
 
 def test_mismatch_is_exit_5_with_the_field(run, data, store) -> None:  # type: ignore[no-untyped-def]
-    left = run("extract", data, "--store", store, "--teacher", TEACHER, "--fidelity", "0.1")
+    left = run("extract", data, "--store", store, "--teacher", TEACHER, "--fidelity", "0.2")
     assert left.code == 5
     assert "fidelity" in left.err
     assert one_line(left.err)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -50,9 +53,18 @@ class Answers:
     def scheduler_info(self, n_workers: int) -> dict[str, Any]:
         return {"workers": self.found if time.monotonic() > self.since else {}}
 
-    def run(self, function: Callable[..., Any], *given: Any, workers: list[str], on_error: str) -> dict[str, Any]:
+    def sync(self, function: Callable[[], Awaitable[Any]]) -> Any:
+        return asyncio.run(function())  # type: ignore[arg-type]
+
+    async def run(self, function: Callable[..., Any], *given: Any, workers: list[str], on_error: str) -> dict[str, Any]:
         assert (function, given, on_error) == (version, ("hdcache",), "return")
-        return dict.fromkeys(workers, self.answer)
+        (address,) = workers
+        answer = self.answer[address] if isinstance(self.answer, dict) else self.answer
+        if answer is None:
+            await asyncio.sleep(1000)
+        if isinstance(answer, OSError):
+            raise answer
+        return {address: answer}
 
 
 def test_no_worker_at_all() -> None:
@@ -83,6 +95,78 @@ def test_workers_of_another_version_are_refused() -> None:
         await_workers(Answers(workers(a={}), "0.0.1"), {}, 1, TCP)
     with pytest.raises(StoreMismatch, match=r"the worker a has hdcache none, this command"):
         await_workers(Answers(workers(a={}), PackageNotFoundError("hdcache")), {}, 1, TCP)
+
+
+def test_a_worker_that_does_not_answer_is_nobody_elses_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """Stopped, or dying: neither waited for beyond the time, nor read as a version."""
+    began = time.monotonic()
+    own = version("hdcache")
+    answer = {"a": own, "b": None, "c": OSError("Timed out trying to connect to tcp://c"), "d": ValueError("odd")}
+    with caplog.at_level(logging.WARNING):
+        await_workers(Answers(workers(a={}, b={}, c={}, d={}), answer), {}, 0.2, TCP)
+    assert time.monotonic() - began < 5
+    assert caplog.messages == [f"3 workers of {TCP} did not answer: b, c, d"]
+    with pytest.raises(StoreMismatch, match=r"the worker e has hdcache 0\.0\.1"):
+        await_workers(Answers(workers(b={}, e={}), {"b": None, "e": "0.0.1"}), {}, 0.2, TCP)
+
+
+def test_workers_none_of_which_answers() -> None:
+    message = r"none of 2 workers of tcp://.* answers within 0.2 seconds \(b: TimeoutError\); start them again, or wait longer"
+    with pytest.raises(WorkersFailed, match=message):
+        await_workers(Answers(workers(b={}, c={}), {"b": None, "c": OSError("gone")}), {}, 0.2, TCP)
+
+
+def test_workers_that_answer_later_are_enough() -> None:
+    """As while those that died are started again."""
+    client = Answers(workers(a={}), OSError("gone"))
+    run = client.run
+
+    async def later(*given: Any, **more: Any) -> dict[str, Any]:
+        await asyncio.sleep(0.05)
+        asked.append(given)
+        client.answer = version("hdcache") if len(asked) > 3 else client.answer
+        return await run(*given, **more)
+
+    asked: list[Any] = []
+    client.run = later  # type: ignore[method-assign]
+    await_workers(client, {}, 20, TCP)
+    assert len(asked) == 4
+
+
+def test_without_cryptography_the_open_port_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise ImportError("no cryptography")
+
+    monkeypatch.setattr(cluster.distributed.Security, "temporary", missing)
+    monkeypatch.setattr(cluster.distributed, "LocalCluster", lambda **given: (_ for _ in ()).throw(OSError("enough")))
+    with caplog.at_level(logging.WARNING), pytest.raises(WorkersFailed, match="enough"), local_client(1):
+        pass
+    (line,) = caplog.messages
+    assert line.startswith(
+        "other users of this machine can reach the workers and run programs as you: pip install crypt"
+    )
+
+
+def test_workers_that_dask_leaves_behind_are_ended() -> None:
+    """They block the signal that Python would end them with, and it would wait for them for ever."""
+    spawn = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
+    left, other = (
+        spawn.Process(target=time.sleep, args=(60,), name=name, daemon=True) for name in ("Dask Worker", "x")
+    )
+    for process in (left, other):
+        process.start()
+    try:
+        cluster._end_workers({*before, left})
+        assert left.is_alive()
+        cluster._end_workers(before)
+        assert not left.is_alive()
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
 
 
 def test_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +209,7 @@ def test_local_workers_are_private_threaded_and_deaf_to_ctrl_c(monkeypatch: pyte
         assert {found.ip for found in sockets} == {"127.0.0.1"}
         if os.path.isdir("/proc"):
             mask = blocked(psutil.Process(pid))
-            assert all(mask >> (number - 1) & 1 for number in (2, 10)), "SIGINT and SIGUSR1"
+            assert all(mask >> (number - 1) & 1 for number in (2, 10, 15)), "SIGINT, SIGUSR1 and SIGTERM"
             assert not blocked(me) >> 1 & 1, "this process still hears Ctrl-C"
         assert client.scheduler.address.startswith("tls://" if has_cryptography() else "tcp://")
     left = {name: value for name, value in os.environ.items() if not name.startswith("__DASK")}

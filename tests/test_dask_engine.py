@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask.config as dask_config
 import distributed
 import pytest
 from distributed.comm.tcp import TCP
@@ -63,7 +64,8 @@ def cluster(faults: Path) -> Iterator[distributed.LocalCluster]:
     """Two processes of one task each, with the resource GPU=1."""
     preload = faults / "faults.py"
     preload.write_text(FAULTS.format(folder=str(faults)))
-    with distributed.LocalCluster(
+    patient = {"distributed.deploy.lost-worker-timeout": "10 minutes"}
+    with dask_config.set(patient), distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=None, resources={"GPU": 1},
         preload=[str(preload)], silence_logs=60, scheduler_kwargs={"allowed_failures": 0},
     ) as found:  # fmt: skip
@@ -218,7 +220,7 @@ def test_a_shard_that_keeps_killing_is_named_and_the_others_are_written(
     for number in range(9):
         (faults / f"kill-7-{number}").touch()
     with pytest.raises(
-        WorkersFailed, match=r"1 shard killed every worker that tried.*view 0 shard 7 \(rows 28 to 31: \d{7}, "
+        WorkersFailed, match=r"1 shard failed on every worker that tried.*view 0 shard 7 \(rows 28 to 31: \d{7}, "
     ):
         run(data, tmp_path / "s", f"t={tiny}", scheduler=address)
     assert len(list(faults.glob("kill-7-*"))) == 9 - 3
@@ -367,10 +369,11 @@ def test_a_scheduler_killed_and_started_again(
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_terminal_lets_local_workers_finish(
-    data: str, tmp_path: Path, tiny: str, tree: Tree, inline: dict[str, bytes]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_to_the_whole_group_lets_local_workers_finish(
+    number: signal.Signals, code: int, data: str, tmp_path: Path, tiny: str, tree: Tree, inline: dict[str, bytes]
 ) -> None:
-    """The whole group of processes gets the signal, as from a terminal."""
+    """Every process gets the signal, as from a terminal, from scancel or from timeout."""
     command = [
         sys.executable, "-m", "hdcache", "extract", data, "--store", str(tmp_path / "s"), "--teacher", f"t={tiny}", "--encoding", "klt",
         "--precision", "fp32", "--rows-per-shard", "1", "--batch", "8", "--device", "cpu", "--workers", "2",
@@ -379,13 +382,14 @@ def test_ctrl_c_on_a_terminal_lets_local_workers_finish(
     while not list((tmp_path / "s").glob("teachers/t/views/0/receipts/*.json")):
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGINT)
+    os.killpg(running.pid, number)
     errors = running.communicate(timeout=60)[1]
-    assert running.returncode == 130, errors
+    assert running.returncode == code, errors
+    assert not list((tmp_path / "s").rglob("*.partial")), "a shard that was begun was cut off"
     lines = [line for line in errors.splitlines() if line and not line.startswith("extract t")]
     assert [line.partition(";")[0] for line in lines] == [
         "hdcache: stopping at the next safe point",
-        f"hdcache: stopped by SIGINT with all finished shards written to {tmp_path / 's'}",
+        f"hdcache: stopped by {number.name} with all finished shards written to {tmp_path / 's'}",
     ], errors
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hdcache.encodings import Encoder, compresses, fit, request
+from hdcache.encodings import Encoder, compresses, fit, request, rounded
 from hdcache.errors import UsageError
 from hdcache.klt_decoding import unfold
 from hdcache.schema import TapRequest
@@ -69,8 +69,8 @@ awkward = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, -1e-40,
 @pytest.mark.parametrize(
     ("tap", "encoding", "fidelity", "kind", "asked"),
     [
-        ("final", None, None, "klt", 0.05),
-        ("final", None, 0.1, "klt", 0.1),
+        ("final", None, None, "klt", 0.1),
+        ("final", None, 0.02, "klt", 0.02),
         ("block1.out", "int8", None, "int8", None),
         ("block1.rel.qk", None, 0.1, "sqrt8", None),
         ("block1.rel.qk", "fp16", None, "fp16", None),
@@ -291,7 +291,7 @@ def test_one_token_that_differs_among_many_does_not_stop_the_fit() -> None:
 def test_small_calibrations(kind: str, rows: int, tokens: int, channels: int, prefix: int) -> None:
     """One row, fewer tokens than channels, one channel, no prefix: shapes hold and calibration comes back."""
     data = gaussian(rows, tokens, channels, "flat", prefix)
-    encoder = fit(request("final", kind, None), data, data)
+    encoder = fit(request("final", kind, 0.05 if kind == "klt" else None), data, data)
     found = again(encoder, data)
     assert found.prefix.shape == data.prefix.shape
     spread = float((data.patches - data.patches.mean((0, 1))).norm())
@@ -415,9 +415,9 @@ def test_certificate_equals_an_independent_computation(kind: str) -> None:
     exact, copy = exact.reshape(-1, exact.shape[-1]), copy.reshape(-1, exact.shape[-1])
     rmse = np.sqrt(((exact - copy) ** 2).mean() / ((exact - exact.mean(0)) ** 2).mean())
     cosine = (exact * copy).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(copy, axis=1)
-    assert seal.relative_rmse == pytest.approx(rmse)
-    assert seal.cosine_mean == pytest.approx(cosine.mean())
-    assert seal.cosine_min == pytest.approx(cosine.min())
+    assert seal.relative_rmse == pytest.approx(rmse, rel=1e-5)
+    assert seal.cosine_mean == pytest.approx(cosine.mean(), rel=1e-5)
+    assert seal.cosine_min == pytest.approx(cosine.min(), rel=1e-5)
     assert (seal.calibration_rows, seal.heldout_rows) == (
         12 if kind == "sqrt8" else 20,
         len(held if isinstance(held, Tensor) else held.patches),
@@ -431,9 +431,21 @@ def test_certificate_equals_an_independent_computation(kind: str) -> None:
         count += sum(
             len(codec.encode(chunk)) if compresses(str(part.dtype), name) else chunk.nbytes for chunk in chunks
         )
-    assert seal.bits_per_value == pytest.approx(8 * count / exact.size)
+    assert seal.bits_per_value == pytest.approx(8 * count / exact.size, rel=1e-5)
     if kind == "fp16":
         assert seal.bits_per_value == 16
+
+
+@pytest.mark.parametrize("kind", ["int8", "klt"])
+def test_a_certificate_has_no_digits_that_threads_decide(kind: str) -> None:
+    """Its record is hashed, and the last bits of a sum depend on how many threads made it."""
+    seal = fit(request("final", kind, None), gaussian(20, 16, 12), gaussian(10, 16, 12, seed=1)).card.certificate
+    measured = {name: value for name, value in seal.model_dump().items() if isinstance(value, float)}
+    assert len(measured) == (5 if kind == "klt" else 4)
+    assert measured == {name: float(f"{value:.6g}") for name, value in measured.items()}
+    assert rounded({"a": 0.1234567, "b": 1234567, "c": 1.2345674e-9, "d": 0.0}) == {
+        "a": 0.123457, "b": 1234567, "c": 1.23457e-9, "d": 0.0,
+    }  # fmt: skip
 
 
 def test_a_certificate_is_measured_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

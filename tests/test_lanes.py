@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hdcache.encodings import Encoder, fit, request
+from hdcache.errors import UsageError
 from hdcache.extract import lanes as module
 from hdcache.extract.lanes import Encoded, Lanes, blank_rows, finite_rows, lanes_for
 from hdcache.taps import Tokens
@@ -151,6 +152,19 @@ def test_blanked_rows_are_zeros_and_the_rest_is_kept() -> None:
     assert found.prefix.sum((1, 2)).tolist() == [2, 0, 2]
     assert tokens.patches.min() == 1
     assert blank_rows(tokens, []) is tokens
+
+
+def test_encoding_that_does_not_fit_on_the_device_names_the_batch(
+    teacher: Teacher, encoders: dict[str, Encoder], pixels: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Encoder, "stored", full)
+    with pytest.raises(
+        UsageError, match="too little memory for 8 images at a time; give --batch a number lower than 8"
+    ):
+        run(teacher, encoders, pixels[:8], 1)
 
 
 @pytest.mark.gpu

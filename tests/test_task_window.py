@@ -57,6 +57,12 @@ class Cluster:
         self.answer, self.status = answer, "running"
         self.info = {f"tcp://{n}": {"nthreads": nthreads, "resources": {}, "host": "h"} for n in range(workers)}
         self.given: list[Task] = []
+        self.restricted: list[tuple[Task, list[str]]] = []
+        self.at = "tcp://0"
+        """Where whatever fails has failed."""
+
+    def who_has(self, futures: list[Future]) -> dict[str, tuple[str, ...]]:
+        return {f"key {number}": (self.at,) for number, _ in enumerate(futures)}
 
     def scheduler_info(self, n_workers: int) -> dict[str, Any]:
         assert n_workers == -1
@@ -64,6 +70,9 @@ class Cluster:
 
     def submit(self, function: Any, recipe: dict[str, Any], view: int, shard: int, **more: Any) -> Future:
         self.given.append(Task(view, shard))
+        if "workers" in more:
+            assert more["allow_other_workers"]
+            self.restricted.append((Task(view, shard), more["workers"]))
         return Future(self.answer(Task(view, shard)))
 
 
@@ -191,8 +200,9 @@ def test_a_shard_that_keeps_killing_is_left_alone_and_named(scene: Scene) -> Non
     assert not scene.ledger.sealed
     text = str(caught.value)
     assert text.startswith(
-        "1 shard killed every worker that tried, the last one while nothing else ran: view 0 shard 3 (rows 6 to 7: 00000"
+        "1 shard failed on every worker that tried, the last one while nothing else ran: view 0 shard 3 (rows 6 to 7: 00000"
     )
+    assert "): its worker tcp://0 died. All other shards" in text
     assert "All other shards are written to" in text
     assert "with --engine inline, and run the same command again" in text
     assert caught.value.exit_code == 4
@@ -201,7 +211,8 @@ def test_a_shard_that_keeps_killing_is_left_alone_and_named(scene: Scene) -> Non
 def test_workers_that_always_die_are_not_the_shards_fault(scene: Scene) -> None:
     cluster = Cluster(lambda task: killed())
     with pytest.raises(
-        WorkersFailed, match=r"workers die whatever shard they are given: 8 in a row, the last one at tcp://0"
+        WorkersFailed,
+        match=r"workers fail whatever shard they are given: 8 in a row, the last time its worker tcp://0 died; is there",
     ):
         scene.window(cluster).run()
     assert len(cluster.given) < SHARDS
@@ -239,11 +250,135 @@ def test_a_full_disk_keeps_its_number(scene: Scene) -> None:
     assert (caught.value.errno, caught.value.filename) == (28, "f")
 
 
-def test_an_unexpected_error_is_not_swallowed(scene: Scene) -> None:
-    with pytest.raises(ZeroDivisionError):
-        scene.window(Cluster(lambda task: ZeroDivisionError("x"))).run()
-    with pytest.raises(RuntimeError, match="shard 0 of view 0 on h: Traceback"):
-        scene.window(Cluster(lambda task: {"node": "h", "crash": "Traceback ..."})).run()
+STALE: dict[str, Any] = {"node": "far", "os_error": [116, "Stale file handle", "/data/a.png"]}
+CRASH: dict[str, Any] = {"node": "far", "crash": "Traceback (most recent call last):\n  ...\nValueError: odd\n"}
+
+
+@pytest.mark.parametrize("failure", [STALE, CRASH, ZeroDivisionError("x")])
+def test_what_one_worker_cannot_do_another_one_does(failure: Any, scene: Scene) -> None:
+    """Until then it gets nothing else, where there are others."""
+    failed: list[Task] = []
+
+    def answer(task: Task) -> Any:
+        if task.shard in (3, 4) and task not in failed:
+            failed.append(task)
+            return failure
+        return scene.done(task)
+
+    cluster = Cluster(answer)
+    window = scene.window(cluster)
+    window.run()
+    assert cluster.given[-2:] == [Task(0, 3), Task(0, 4)]
+    assert window.report("dask")["lost"] == 2
+    assert scene.ledger.sealed
+    if isinstance(failure, dict):
+        assert cluster.restricted[-2:] == [(Task(0, 3), ["tcp://1"]), (Task(0, 4), ["tcp://1"])]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (STALE, r"on far: \[Errno 116\] Stale file handle: /data/a.png"),
+        (CRASH, r"on far: ValueError: odd \(-v prints where\)"),
+        (ZeroDivisionError("x"), "ZeroDivisionError: x"),
+    ],
+)
+def test_what_no_worker_can_do_is_one_clean_line(failure: Any, reason: str, scene: Scene) -> None:
+    """The shard, named with the reason when all others are written; or the workers, where it is all shards."""
+    cluster = Cluster(lambda task: failure if task.shard == 3 else scene.done(task))
+    with pytest.raises(
+        WorkersFailed, match=rf"1 shard failed on every .* shard 3 \(rows 6 to 7: .*\): {reason}\. All other"
+    ):
+        scene.window(cluster).run()
+    assert cluster.given.count(Task(0, 3)) == task_window.KILLS
+    assert sorted({*range(SHARDS)} - {3}) == [shard for shard in range(SHARDS) if scene.ledger.receipt(shard)]
+    for shard in range(SHARDS):
+        scene.ledger.withdraw(shard)
+    lease(scene.store.path, "t").write_text("r 1")
+    with pytest.raises(
+        WorkersFailed, match=rf"whatever shard they are given: 8 in a row, the last time {reason}; is there"
+    ):
+        scene.window(Cluster(lambda task: failure)).run()
+
+
+def test_a_worker_is_avoided_for_a_while(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(task_window.time, "monotonic", lambda: now[0])
+    window = scene.window(Cluster(scene.done, workers=3))
+    assert window._elsewhere() == {}
+    window.able = ["tcp://0", "tcp://1", "tcp://2"]
+    assert window._elsewhere() == {}
+    window.avoided = {"tcp://1": 990.0}
+    assert window._elsewhere() == {"workers": ["tcp://0", "tcp://2"], "allow_other_workers": True}
+    now[0] += 49
+    assert window._elsewhere()
+    now[0] += 2
+    assert window._elsewhere() == {}
+    window.avoided = dict.fromkeys(window.able, now[0])
+    assert window._elsewhere() == {}, "there is no other"
+
+
+def test_a_task_that_was_given_back_waits_beside_the_others(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease may be seen late; who waits for it must not hold up a stop, nor what others have finished."""
+    monkeypatch.setattr(task_window, "LOOK_SECONDS", 0.2)
+    blind = set(range(6))
+    began = time.monotonic()
+
+    def answer(task: Task) -> dict[str, Any]:
+        if task.shard in blind:
+            blind.discard(task.shard)
+            return {"node": "h", "stopped": True}
+        return scene.done(task)
+
+    slept: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(task_window.time, "sleep", lambda seconds: (slept.append(seconds), sleep(seconds)))
+    cluster = Cluster(answer)
+    scene.window(cluster).run()
+    assert scene.ledger.sealed
+    assert len(cluster.given) == SHARDS + 6
+    assert cluster.given[6:SHARDS] == [Task(0, shard) for shard in range(6, SHARDS)], "those are not kept waiting"
+    assert time.monotonic() - began >= 0.2
+    assert set(slept) == {task_window.POLL_SECONDS}
+
+
+@pytest.mark.parametrize("gone", ["workers", "scheduler"])
+def test_the_first_error_is_the_one_that_is_told(gone: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that the workers, or the scheduler, went away afterwards."""
+    monkeypatch.setattr(task_window, "LOOK_SECONDS", 0.01)
+
+    def answer(task: Task) -> dict[str, Any] | None:
+        if gone == "workers":
+            cluster.info = {}
+        elif task.shard == 3:
+            cluster.status = "closed"
+        return {"node": "h", "error": ["StoreMismatch", "what it says"]} if task.shard == 0 else None
+
+    cluster = Cluster(answer)
+    window = scene.window(cluster, timeout=0.05)
+    look, looked = window._look, []
+
+    def late() -> None:
+        # The error is there before anyone is missed.
+        looked.append(window.error)
+        if len(looked) < 2 or window.error is not None:
+            look()
+
+    monkeypatch.setattr(window, "_look", late)
+    with pytest.raises(StoreMismatch, match=r"^what it says$"):
+        window.run()
+    assert window.flying, "what flies was not waited for"
+
+
+def test_a_view_that_cannot_be_sealed_lets_the_others_finish(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        scene.writer, "seal", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "m"))
+    )
+    with pytest.raises(OSError, match="No space left") as caught:
+        scene.window(Cluster(scene.done)).run()
+    assert caught.value.filename == "m"
+    assert not lease(scene.store.path, "t").exists(), "withdrawn as at any end"
+    assert all(scene.ledger.receipt(shard) for shard in range(SHARDS))
 
 
 def test_a_lost_scheduler_says_what_to_do(scene: Scene) -> None:
@@ -276,9 +411,7 @@ def test_a_worker_that_sees_another_disk(scene: Scene, monkeypatch: pytest.Monke
     monkeypatch.setattr(task_window, "SEEN_SECONDS", 0.05)
     monkeypatch.setattr(task_window, "LOOK_SECONDS", 0.06)
     blind = scene.window(Cluster(lambda task: {"node": "h", "stopped": True}))
-    with pytest.raises(
-        WorkersFailed, match=r"the worker on h does not see .*\.t\.run\.owner, which this command wrote"
-    ):
+    with pytest.raises(WorkersFailed, match=r"the worker on h does not see .*\.t\.lease, which this command wrote"):
         blind.run()
     done = {"node": "far", "timing": {}, "seconds": 0.0, "loading": 0.0, "difference": 0.0}
     lease(scene.store.path, "t").write_text("r 1")

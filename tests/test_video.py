@@ -29,6 +29,7 @@ from hdcache.distill.run import distill
 from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage, UsageError
 from hdcache.evaluate.embed import centre_view, embed
 from hdcache.evaluate.run import knn_eval
+from hdcache.extract.capacity import shards_ahead
 from hdcache.extract.opening import SHARD_PIXELS, shard_size
 from hdcache.extract.pipeline import Pipeline
 from hdcache.extract.run import ExtractSummary, extract
@@ -788,10 +789,17 @@ def test_extraction_decodes_one_shard_at_a_time_where_memory_is_short(
         return joined(self, *shard)
 
     monkeypatch.setattr(Pipeline, "_joined", seen)
+    needed: list[int] = []
+
+    def asked(name: str, rows: int, per_row: int, at_once: int = 1) -> int:
+        needed.append(rows * per_row)
+        return shards_ahead(name, rows, per_row, at_once)
+
+    monkeypatch.setattr("hdcache.extract.pipeline.shards_ahead", asked)
     run(videos, tmp_path / "a")
     assert max(held) == 2
     shards.clear(), held.clear()
-    monkeypatch.setenv("HDCACHE_BUFFER_BYTES", "1000")
+    monkeypatch.setattr("hdcache.extract.capacity.room_for_shards", lambda: 3 * needed[0] // 2)
     run(videos, tmp_path / "b")
     assert max(held) == 1
     assert tree(tmp_path / "a").keys() == tree(tmp_path / "b").keys()
