@@ -29,7 +29,7 @@ from hdcache.durable import durable_write
 from hdcache.errors import StoreCorrupt
 from hdcache.records import canonical_json
 from hdcache.schema import ArrayCard, StoredObject
-from hdcache.shards import Map, shard_bytes
+from hdcache.shards import LEVEL, Map, shard_bytes
 
 _opening = threading.Lock()
 _forked = False
@@ -69,11 +69,11 @@ class ShardWriter:
 
         objects: dict[str, Any] = {}
         size = np.dtype(card.dtype).itemsize
-        blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=size, blocksize=block_bytes)
+        blosc = BloscCodec(cname="zstd", clevel=LEVEL, shuffle="bitshuffle", typesize=size, blocksize=block_bytes)
         filters: list[Any] = [blosc] if codec else []
         self._rows, self._chunk, self._shard = rows, chunk, shard
         self._row, self._dtype = tuple(card.shape), np.dtype(card.dtype)
-        self._codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.BITSHUFFLE, block_bytes) if codec else None
+        self._codec = numcodecs.Blosc("zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE, block_bytes) if codec else None
         zarr.create_array(
             MemoryStore(objects),
             shape=(rows, *card.shape),

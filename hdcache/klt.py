@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.errors import UsageError
+from hdcache.shards import LEVEL
 
 # A component is stored as int16 when calibration comes within a factor two of int8's range.
 NARROW: Final = "uint8"
@@ -280,5 +281,5 @@ def chunks(rows: NDArray[np.generic], size: int = 8) -> Iterator[NDArray[np.gene
 
 def compressed(block: NDArray[np.generic], block_bytes: int = BLOCK_BYTES) -> bytes:
     """One chunk as a store's codec writes it."""
-    codec = numcodecs.Blosc(cname="zstd", clevel=5, shuffle=numcodecs.Blosc.BITSHUFFLE, blocksize=block_bytes)
+    codec = numcodecs.Blosc(cname="zstd", clevel=LEVEL, shuffle=numcodecs.Blosc.BITSHUFFLE, blocksize=block_bytes)
     return bytes(codec.encode(np.ascontiguousarray(block)))

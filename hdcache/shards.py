@@ -13,6 +13,8 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
+LEVEL = 1
+"""zstd's, as blosc counts: of klt codes, 5 makes 1 to 2 % fewer bytes and takes five times as long."""
 EMPTY = 2**64 - 1
 """Offset and length, in an index, of a chunk behind the end of the array."""
 Piece = tuple[memoryview, bytes]

@@ -18,6 +18,7 @@ from hdcache.encodings import Encoder, compresses, fit, request, rounded
 from hdcache.errors import UsageError
 from hdcache.klt_decoding import unfold
 from hdcache.schema import TapRequest
+from hdcache.shards import LEVEL
 from hdcache.taps import Tokens
 
 SPECTRA = {
@@ -426,7 +427,7 @@ def test_certificate_equals_an_independent_computation(kind: str) -> None:
     for name, part in encoder.encode(held)[0].items():
         if name == "prefix":
             continue
-        codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.BITSHUFFLE)
+        codec = numcodecs.Blosc("zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE)
         chunks = [np.ascontiguousarray(part[i : i + 8]) for i in range(0, len(part), 8)]
         count += sum(
             len(codec.encode(chunk)) if compresses(str(part.dtype), name) else chunk.nbytes for chunk in chunks

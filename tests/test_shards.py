@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from hdcache.shards import shard_bytes
+from hdcache.shards import LEVEL, shard_bytes
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "float16", "int32", "float32")
 
@@ -24,7 +24,7 @@ def by_zarr(values: np.ndarray, chunk: int, shard: int, block_bytes: int | None)
     objects: dict[str, Any] = {}
     size = values.dtype.itemsize
     codec = [] if block_bytes is None else [
-        BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=size, blocksize=block_bytes)
+        BloscCodec(cname="zstd", clevel=LEVEL, shuffle="bitshuffle", typesize=size, blocksize=block_bytes)
     ]  # fmt: skip
     with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
         array = zarr.create_array(
@@ -51,13 +51,13 @@ def test_bytes_are_those_of_zarr_python(
     dtype: str, rows: int, chunk: int, count: int, row: tuple[int, ...], block_bytes: int | None, zeros: bool
 ) -> None:
     values = np.random.default_rng(rows).integers(0, 1 if zeros else 50, (rows, *row)).astype(dtype)
-    codec = None if block_bytes is None else numcodecs.Blosc("zstd", 5, numcodecs.Blosc.BITSHUFFLE, block_bytes)
+    codec = None if block_bytes is None else numcodecs.Blosc("zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE, block_bytes)
     shard = chunk * count
     found = [shard_bytes(values[start : start + shard], chunk, count, codec) for start in range(0, rows, shard)]
     assert found == by_zarr(values, chunk, shard, block_bytes)
 
 
-@pytest.mark.parametrize("codec", [None, numcodecs.Blosc("zstd", 5, numcodecs.Blosc.BITSHUFFLE)])
+@pytest.mark.parametrize("codec", [None, numcodecs.Blosc("zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE)])
 def test_bytes_do_not_depend_on_threads_or_memory_order(codec: numcodecs.Blosc | None) -> None:
     values = np.random.default_rng(0).integers(0, 9, (32, 64, 48)).astype(np.uint8)
     expected = shard_bytes(values, 8, 4, codec)
