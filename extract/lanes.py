@@ -70,7 +70,7 @@ class Lanes:
         self._threads = torch.get_num_threads()
         if self._cuda:
             self._compute = torch.cuda.current_stream(teacher.device)
-            self._there, self._back = (torch.cuda.Stream(teacher.device) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._there, self._back = (torch.cuda.Stream(teacher.device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's constructor has no types
 
     def __enter__(self) -> Self:
         return self

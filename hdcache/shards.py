@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 1
-"""zstd's, as blosc counts: of klt codes, 5 makes 1 to 2 % fewer bytes and takes five times as long."""
+"""zstd's, as blosc counts. 5 takes five times as long for about 1 % fewer bytes of klt codes, up to 9 % where nearly all are 0."""
 EMPTY = 2**64 - 1
 """Offset and length, in an index, of a chunk behind the end of the array."""
 Piece = tuple[memoryview, bytes]

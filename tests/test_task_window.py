@@ -174,23 +174,6 @@ def test_no_more_fly_than_a_few_for_each_worker(workers: int, nthreads: int, mos
     assert max(seen) == most
 
 
-def test_a_shard_lost_with_its_worker_is_tried_again_alone(scene: Scene) -> None:
-    died: list[Task] = []
-
-    def answer(task: Task) -> dict[str, Any] | BaseException:
-        if task.shard in (3, 4) and task not in died:
-            died.append(task)
-            return killed()
-        return scene.done(task)
-
-    cluster = Cluster(answer)
-    window = scene.window(cluster)
-    window.run()
-    assert cluster.given[-2:] == [Task(0, 3), Task(0, 4)]
-    assert window.report("dask")["lost"] == 2
-    assert scene.ledger.sealed
-
-
 def test_a_shard_that_keeps_killing_is_left_alone_and_named(scene: Scene) -> None:
     cluster = Cluster(lambda task: killed() if task.shard == 3 else scene.done(task))
     with pytest.raises(WorkersFailed) as caught:
@@ -254,15 +237,15 @@ STALE: dict[str, Any] = {"node": "far", "os_error": [116, "Stale file handle", "
 CRASH: dict[str, Any] = {"node": "far", "crash": "Traceback (most recent call last):\n  ...\nValueError: odd\n"}
 
 
-@pytest.mark.parametrize("failure", [STALE, CRASH, ZeroDivisionError("x")])
+@pytest.mark.parametrize("failure", [STALE, CRASH, ZeroDivisionError("x"), "killed"])
 def test_what_one_worker_cannot_do_another_one_does(failure: Any, scene: Scene) -> None:
-    """Until then it gets nothing else, where there are others."""
+    """It dies of it, or lives: then it gets nothing else, where there are others. The shard is tried alone."""
     failed: list[Task] = []
 
     def answer(task: Task) -> Any:
         if task.shard in (3, 4) and task not in failed:
             failed.append(task)
-            return failure
+            return killed() if failure == "killed" else failure
         return scene.done(task)
 
     cluster = Cluster(answer)
