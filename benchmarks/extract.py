@@ -35,7 +35,7 @@ from hdcache import draws
 from hdcache.arrays import ShardWriter
 from hdcache.datasets import open_dataset
 from hdcache.durable import durable_write
-from hdcache.encodings import compresses, request
+from hdcache.encodings import codec_of, request
 from hdcache.extract.calibrate import calibrate, write_record
 from hdcache.extract.lanes import Lanes, lanes_for
 from hdcache.extract.opening import open_or_create
@@ -44,6 +44,7 @@ from hdcache.extract.rows import decode_row, shard_rows
 from hdcache.extract.writer import ViewWriter
 from hdcache.resources import available_cores
 from hdcache.samples import open_sample
+from hdcache.shards import chunk_rows
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher, choose_device, load_teacher
 from hdcache.views import parse_views
@@ -187,7 +188,7 @@ class Bench:
         found |= {"copy to the host": self.best(copy, rows), "encode": self.best(encode, rows)}
         shards = {
             f"{tap}/{name}": ShardWriter(
-                rows, array, 8, rows, codec=compresses(array.dtype, name), attributes={}, block_bytes=card.block_bytes
+                rows, array, chunk_rows(rows), rows, codec=codec_of(card, name), attributes={}
             )
             for tap, card in ((tap, encoder.card) for tap, encoder in encoders.items())
             for name, array in card.arrays.items()

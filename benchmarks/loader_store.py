@@ -12,17 +12,18 @@ from loader_peers import Rows
 from hdcache.arrays import ShardWriter, group_metadata, write_constant
 from hdcache.datasets import open_dataset
 from hdcache.durable import durable_write
-from hdcache.encodings import Encoder, compresses, fit, request
+from hdcache.encodings import Encoder, codec_of, fit, request
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
 from hdcache.order import epoch_order
 from hdcache.runs import RUN_ROWS
 from hdcache.schema import ArrayCard, Preprocessing, Receipt, StoreCard, StoredObject, TeacherCard, TeacherRecord
+from hdcache.shards import chunk_rows
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.views import parse_views
 
 SHAPE = (257, 384)
-SHARD, CHUNK, FITTED = 256, 8, 192
+SHARD, FITTED = 256, 192
 DECAY = 0.8
 """Standard deviation of principal component k is k^-DECAY: at 5 % the bound is 2.3 bits a value; DINOv2's last layer has 2.2."""
 
@@ -69,7 +70,7 @@ def build_store(folder: Path, rows: Rows, fidelity: float | None) -> Path:
     views = parse_views("center")
     store = Store.create(
         root / "store.hdc",
-        StoreCard(dataset=data.card, views=views, rows_per_shard=SHARD, rows_per_chunk=CHUNK),
+        StoreCard(dataset=data.card, views=views, rows_per_shard=SHARD, rows_per_chunk=chunk_rows(SHARD)),
         data.ids,
         data.labels,
     )
@@ -112,14 +113,14 @@ def _write(
         key: ArrayCard.model_validate({"shape": value.shape[1:], "dtype": str(value.dtype)})
         for key, value in whole.items()
     }
-    count, block = len(next(iter(whole.values()), [])), 0
+    count = len(next(iter(whole.values()), []))
     if coded is not None:
         cards = {f"final/{name}": card for name, card in coded[0].card.arrays.items()}
-        count, block = len(coded[1]), coded[0].card.block_bytes
+        count = len(coded[1])
     writers = {
         key: ShardWriter(
-            count, card, CHUNK, SHARD, codec=coded is not None and compresses(card.dtype, key.split("/")[1]), attributes={},
-            block_bytes=block,
+            count, card, chunk_rows(SHARD), SHARD, attributes={},
+            codec=None if coded is None else codec_of(coded[0].card, key.split("/")[1]),
         )
         for key, card in cards.items()
     }  # fmt: skip

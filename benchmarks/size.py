@@ -32,16 +32,17 @@ from torch import Tensor
 from hdcache import draws
 from hdcache.arrays import ShardWriter
 from hdcache.datasets import open_dataset
-from hdcache.encodings import Encoder, compresses, fit, request
+from hdcache.encodings import Encoder, codec_of, fit, request
 from hdcache.progress import Progress
 from hdcache.relations import relation_kl
 from hdcache.resources import available_cores
 from hdcache.samples import open_sample
+from hdcache.shards import chunk_rows
 from hdcache.taps import Tokens, attention_of, parse_tap, relation_of_qkv
 from hdcache.teachers import Teacher, load_teacher
 from hdcache.views import parse_views
 
-SHARD, CHUNK, RELATION_ROWS = 256, 8, 8
+SHARD, RELATION_ROWS = 256, 8
 ENCODINGS: list[tuple[str, float | None]] = [("fp16", None), ("bf16", None), ("int8", None)]
 ENCODINGS += [("klt", fidelity) for fidelity in (0.01, 0.03, 0.05, 0.1, 0.2, 0.4)]
 
@@ -53,8 +54,7 @@ class Line:
         self.tap, self.encoder, self.card = tap, encoder, encoder.card
         self.writers = {
             name: ShardWriter(
-                rows, array, CHUNK, SHARD, codec=compresses(array.dtype, name), attributes={},
-                block_bytes=self.card.block_bytes,
+                rows, array, chunk_rows(SHARD), SHARD, codec=codec_of(self.card, name), attributes={}
             )
             for name, array in self.card.arrays.items()
         }  # fmt: skip

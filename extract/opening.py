@@ -19,6 +19,7 @@ from hdcache.reader import TeacherReader
 from hdcache.records import differences
 from hdcache.rendering import input_shape
 from hdcache.schema import MaskSpec, StoreCard, TapRequest, TeacherRecord, ViewSpec
+from hdcache.shards import chunk_rows
 from hdcache.shrinking import parse_pixels, shrunk
 from hdcache.store import ROOT_LOCK, Store
 from hdcache.tap_requests import request_all
@@ -110,7 +111,7 @@ def open_or_create(
         dataset = shrunk(open_dataset(data) if isinstance(data, str) else data, side)
         asked = new_views(dataset, there, views, seed)
         shard = shard_size(dataset.card.count, rows_per_shard, prepare(asked))
-        card = StoreCard(dataset=dataset.card, views=asked, rows_per_shard=shard, rows_per_chunk=min(8, shard))
+        card = StoreCard(dataset=dataset.card, views=asked, rows_per_shard=shard, rows_per_chunk=chunk_rows(shard))
         path.mkdir(parents=True, exist_ok=True)
         # Processes that make one store together wait for each other: the lock is held for moments.
         with filelock.FileLock(path / ROOT_LOCK):

@@ -43,6 +43,7 @@ from hdcache.packed import (
 from hdcache.progress import Progress, size
 from hdcache.reader import read_shard_geometry
 from hdcache.schema import ArrayCard, Receipt, StoredObject
+from hdcache.shards import Codec
 from hdcache.store import PIXELS, Store
 
 ENOUGH_TO_JUDGE = 8
@@ -145,8 +146,10 @@ class _Packer:
         """Its rows that a teacher could not decode: these may be mended."""
         named = {"hdcache": {"columns": list(COLUMNS)}}
         self.writers = {
-            INDEX: ShardWriter(count, ArrayCard(shape=(2,), dtype="int64"), shard, shard, codec=True, attributes=named),
-            DIGEST: ShardWriter(count, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=False, attributes={}),
+            INDEX: ShardWriter(
+                count, ArrayCard(shape=(2,), dtype="int64"), shard, shard, codec=Codec(), attributes=named
+            ),
+            DIGEST: ShardWriter(count, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=None, attributes={}),
         }
 
     def run(self, *, quiet: bool) -> None:

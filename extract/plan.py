@@ -24,6 +24,7 @@ from hdcache.extract.trial import Trial, named, sample_of, try_out
 from hdcache.progress import counted, duration, size
 from hdcache.resources import available_cores
 from hdcache.schema import StoreCard, TapCard, TeacherRecord, ViewSpec
+from hdcache.shards import chunk_rows
 from hdcache.shrinking import parse_pixels, shrunk
 from hdcache.store import Store
 from hdcache.teachers import choose_device, split_name
@@ -147,7 +148,7 @@ def plan(
         # On the disk of the store, which is the one that has to keep up.
         with tempfile.TemporaryDirectory(prefix=".hdcache-plan-", dir=scratch_beside(path)) as folder:
             trial = try_out(sample, Path(folder) / "probe", teacher, requests, drawn, shard, cores)
-        card = StoreCard(dataset=dataset.card, views=drawn, rows_per_shard=shard, rows_per_chunk=min(8, shard))
+        card = StoreCard(dataset=dataset.card, views=drawn, rows_per_shard=shard, rows_per_chunk=chunk_rows(shard))
         check_memory(card, name, teacher.card, trial.record.taps.values(), 1)
         found.teachers[name] = priced(trial, rows, count, shard, calibrated=record)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +17,14 @@ from numpy.typing import NDArray
 
 from hdcache.arrays import ArrayReader, ShardWriter, group_metadata
 from hdcache.durable import durable_write, partial_files, stored_object
-from hdcache.encodings import Encoder, compresses
+from hdcache.encodings import Encoder, codec_of
 from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
 from hdcache.plain_encodings import Parts
 from hdcache.reader import MASK_ARRAY, mask_array, read_shard_geometry
 from hdcache.resources import available_cores
-from hdcache.schema import ArrayCard, Receipt, StoredObject, TeacherRecord
-from hdcache.shards import Map
+from hdcache.schema import ITEM_BYTES, ArrayCard, Receipt, StoredObject, TeacherRecord
+from hdcache.shards import Codec, Map, chunk_rows
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
 from hdcache.views import Box
 
@@ -99,25 +100,35 @@ class ViewWriter:
         for tap, encoder in encoders.items():
             for name, array in encoder.card.arrays.items():
                 about = {"hdcache": {"tap": tap, "array": name, "encoding": encoder.card.encoding}}
-                codec = compresses(array.dtype, name)
+                row_bytes = math.prod(array.shape) * ITEM_BYTES[array.dtype]
                 self._writers[f"{tap}/{name}"] = ShardWriter(
-                    self.rows, array, chunk, shard, codec=codec, attributes=about, block_bytes=encoder.card.block_bytes
+                    self.rows,
+                    array,
+                    chunk_rows(chunk, row_bytes),
+                    shard,
+                    codec=codec_of(encoder.card, name),
+                    attributes=about,
                 )
         if record.card.mask is not None:
             # Which tokens a row's teacher saw belongs to the teacher: other teachers share the view without it.
             bits = {"tokens": record.card.tokens, "bits": "visible patch tokens, the first in the highest bit"}
             self._writers[MASK_ARRAY] = ShardWriter(
-                self.rows, mask_array(record.card), chunk, shard, codec=False, attributes={"hdcache": bits}
+                self.rows, mask_array(record.card), chunk, shard, codec=None, attributes={"hdcache": bits}
             )
         columns = geometry_columns(card.views)
         self._columns = len(columns)
         named = {"hdcache": {"columns": list(columns)}}
         self._geometry_writers = {
             "geometry": ShardWriter(
-                self.rows, ArrayCard(shape=(len(columns),), dtype="int32"), shard, shard, codec=True, attributes=named
+                self.rows,
+                ArrayCard(shape=(len(columns),), dtype="int32"),
+                shard,
+                shard,
+                codec=Codec(),
+                attributes=named,
             ),
             "source_digest": ShardWriter(
-                self.rows, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=False, attributes={}
+                self.rows, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=None, attributes={}
             ),
         }
 

@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,7 +28,7 @@ from hdcache.durable import durable_write
 from hdcache.errors import StoreCorrupt
 from hdcache.records import canonical_json
 from hdcache.schema import ArrayCard, StoredObject
-from hdcache.shards import LEVEL, Map, shard_bytes
+from hdcache.shards import LEVEL, Codec, Map, shard_bytes
 
 _opening = threading.Lock()
 _forked = False
@@ -59,9 +58,8 @@ class ShardWriter:
         chunk: int,
         shard: int,
         *,
-        codec: bool,
+        codec: Codec | None,
         attributes: Mapping[str, Any],
-        block_bytes: int = 0,
     ) -> None:
         import zarr
         from zarr.codecs import BloscCodec, Crc32cCodec
@@ -69,11 +67,17 @@ class ShardWriter:
 
         objects: dict[str, Any] = {}
         size = np.dtype(card.dtype).itemsize
-        blosc = BloscCodec(cname="zstd", clevel=LEVEL, shuffle="bitshuffle", typesize=size, blocksize=block_bytes)
-        filters: list[Any] = [blosc] if codec else []
+        filters: list[Any] = []
+        if codec is not None:
+            filters = [
+                BloscCodec(
+                    cname="zstd", clevel=LEVEL, shuffle="bitshuffle", typesize=codec.typesize or size,
+                    blocksize=codec.block_bytes,
+                )
+            ]  # fmt: skip
         self._rows, self._chunk, self._shard = rows, chunk, shard
         self._row, self._dtype = tuple(card.shape), np.dtype(card.dtype)
-        self._codec = numcodecs.Blosc("zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE, block_bytes) if codec else None
+        self._codec = None if codec is None else codec.blosc(size)
         zarr.create_array(
             MemoryStore(objects),
             shape=(rows, *card.shape),

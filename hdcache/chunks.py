@@ -8,6 +8,7 @@ Shards that are laid out in any other way are left to zarr. No torch here.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -64,7 +65,7 @@ class ShardLayout:
     def read(self, file: int, size: int, chunks: Sequence[int]) -> Iterator[tuple[int, NDArray[np.generic]]]:
         """These chunks of a shard, by number: each one's first row, and all of its rows.
 
-        ``file`` is the descriptor of the shard's file, of ``size`` bytes. The memory of a chunk is that of the one before,
+        ``file`` is the descriptor of the shard's file, of ``size`` bytes. The memory of a chunk may be that of the one before,
         and of every chunk that this thread reads of this array.
 
         Raises
@@ -73,9 +74,6 @@ class ShardLayout:
             where a checksum or a length is wrong.
         """
         index = self._index(file, size)
-        if not hasattr(self._local, "block"):
-            self._local.block = np.empty((self.chunk, *self.row), self.dtype)
-        block: NDArray[np.generic] = self._local.block
         for number in chunks:
             offset, length = index[number]
             if length <= 4 or offset + length > size:
@@ -86,8 +84,7 @@ class ShardLayout:
             os.posix_fadvise(file, first[0], max(0, sum(last) - first[0]), os.POSIX_FADV_WILLNEED)
         for number in chunks:
             offset, length = index[number]
-            self._decode(_checked(os.pread(file, length, offset), length), block)
-            yield number * self.chunk, block
+            yield number * self.chunk, self._decode(_checked(os.pread(file, length, offset), length))
 
     def _index(self, file: int, size: int) -> Sequence[Sequence[int]]:
         length = 16 * self.count + 4
@@ -95,18 +92,22 @@ class ShardLayout:
             raise ValueError("the shard is shorter than its index")
         return _checked(os.pread(file, length, size - length), length).view("<u8").reshape(-1, 2).tolist()
 
-    def _decode(self, data: NDArray[np.uint8], block: NDArray[np.generic]) -> None:
+    def _decode(self, data: NDArray[np.uint8]) -> NDArray[np.generic]:
+        shape = (self.chunk, *self.row)
         size = _number(data, _BLOSC_SIZE) if self.blosc else data.size
-        if size != block.nbytes:
+        if size != math.prod(shape) * np.dtype(self.dtype).itemsize:
             raise ValueError("a chunk of another size")
-        if self.blosc:
-            # The library trusts its header, and would read what lies behind a chunk that says it is longer.
-            if data.size < _BLOSC_HEADER or _number(data, _BLOSC_PACKED) != data.size:
-                raise ValueError("a chunk whose header names another length than its own")
-            # From any thread but the main one, this leaves Python's lock.
-            blosc.decompress(data, block)
-        else:
-            block.reshape(-1).view(np.uint8)[...] = data
+        if not self.blosc:
+            return data.view(self.dtype).reshape(shape)
+        # The library trusts its header, and would read what lies behind a chunk that says it is longer.
+        if data.size < _BLOSC_HEADER or _number(data, _BLOSC_PACKED) != data.size:
+            raise ValueError("a chunk whose header names another length than its own")
+        if not hasattr(self._local, "block"):
+            self._local.block = np.empty(shape, self.dtype)
+        block: NDArray[np.generic] = self._local.block
+        # From any thread but the main one, this leaves Python's lock.
+        blosc.decompress(data, block)
+        return block
 
 
 def _number(data: NDArray[np.uint8], place: slice) -> int:

@@ -17,6 +17,7 @@ from hdcache.durable import durable_write
 from hdcache.errors import HdcacheError
 from hdcache.progress import size
 from hdcache.schema import ArrayCard
+from hdcache.shards import Codec
 
 NEEDED = (
     "torch",
@@ -72,7 +73,7 @@ def examine() -> dict[str, Any]:
 
 def _round_trip() -> str:
     values = np.arange(20 * 4 * 3, dtype=np.int16).astype(np.int8).reshape(20, 4, 3)
-    writer = ShardWriter(20, ArrayCard(shape=(4, 3), dtype="int8"), 4, 8, codec=True, attributes={})
+    writer = ShardWriter(20, ArrayCard(shape=(4, 3), dtype="int8"), 4, 8, codec=Codec(), attributes={})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         durable_write(root / "a" / "zarr.json", writer.metadata)

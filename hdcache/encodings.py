@@ -34,6 +34,7 @@ from hdcache.klt_decoding import Blocks, by_token, positions, unfold
 from hdcache.plain_encodings import Parts as Parts
 from hdcache.plain_encodings import Stored, decode_plain, encode_plain
 from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
+from hdcache.shards import Codec
 from hdcache.soft_labels import (
     DEFAULT_TOP_K,
     decode_soft_labels,
@@ -214,6 +215,7 @@ def fit(
         grid=found.grid if found else None,
         dead_zone=klt.DEAD_ZONE if found else 0.0,
         block_bytes=klt.BLOCK_BYTES if any(compresses(a.dtype, name) for name, a in arrays.items()) else 0,
+        typesize=2 if found and found.typesize else 0,
         certificate=blank,
     )
     draft = Encoder(card, constants)
@@ -259,7 +261,7 @@ def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | in
 
     Soft labels are compared as distributions: their logits may differ by any constant.
     """
-    soft, block = encoder.card.encoding == "topk", encoder.card.block_bytes
+    soft = encoder.card.encoding == "topk"
     vectors = probabilities if soft else _vectors
     whole = heldout if isinstance(heldout, Tensor) else heldout.patches
     runs = [slice(start, start + CODEC_ROWS) for start in range(0, len(whole), CODEC_ROWS)]
@@ -279,7 +281,7 @@ def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | in
         error += float(((exact - copy) ** 2).sum())
         kl += float(divergence(exact, copy).sum()) if soft else 0.0
         saturated += clipped
-        stored += sum(_compressed(name, value, block) for name, value in codes.items() if name != "prefix")
+        stored += sum(_compressed(encoder.card, name, value) for name, value in codes.items() if name != "prefix")
         lengths = exact.norm(dim=-1)
         cosine = (exact * copy).sum(-1) / (lengths * copy.norm(dim=-1)).clamp_min(1e-300)
         cosines.append(cosine[lengths > 0])
@@ -297,8 +299,16 @@ def _vectors(value: Tensor) -> Tensor:
     return value.cpu().double().flatten(0, -2)
 
 
-def _compressed(name: str, value: NDArray[np.generic], block_bytes: int) -> int:
-    return len(klt.compressed(value, block_bytes)) if compresses(str(value.dtype), name) else value.nbytes
+def _compressed(card: TapCard, name: str, value: NDArray[np.generic]) -> int:
+    codec = codec_of(card, name)
+    return value.nbytes if codec is None else len(klt.compressed(value, *codec))
+
+
+def codec_of(card: TapCard, name: str) -> Codec | None:
+    """What compresses array ``name`` of a tap; None: nothing does."""
+    if not compresses(card.arrays[name].dtype, name):
+        return None
+    return Codec(card.block_bytes, card.typesize if name == "codes" else 0)
 
 
 def compresses(dtype: str, name: str) -> bool:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.host_memory import HostMemory
+from hdcache.shards import CHUNK_ROWS
 from hdcache.stages import Stages
 from hdcache.target_sources import HostArrays, StoredTargets
 
-RUN_ROWS = 32
+RUN_ROWS = CHUNK_ROWS
 """Rows that are read together."""
 
 

@@ -181,7 +181,7 @@ class Certificate(GrownRecord):
 class TapCard(GrownRecord):
     """One stored tap: its encoding, shapes and birth certificate."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"grid", "dead_zone", "block_bytes"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"grid", "dead_zone", "block_bytes", "typesize"})
 
     tap: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]
@@ -200,6 +200,8 @@ class TapCard(GrownRecord):
     """klt: how much later than half a step a value was rounded up, in steps."""
     block_bytes: int = Field(default=0, ge=0, le=1 << 30)
     """Size of the codec's blocks; 0: its own choice."""
+    typesize: Literal[0, 2] = 0
+    """klt: 2 where the codec takes ``codes`` two bytes at a time; 0: one at a time."""
     certificate: Certificate
 
     @model_validator(mode="after")

@@ -6,7 +6,9 @@ and on copying a shard each time a chunk is added, as the codec needs for its wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import google_crc32c
 import numcodecs
@@ -15,11 +17,38 @@ from numpy.typing import NDArray
 
 LEVEL = 1
 """zstd's, as blosc counts. 5 takes five times as long for about 1 % fewer bytes of klt codes, up to 9 % where nearly all are 0."""
+CHUNK_ROWS = 32
+"""Rows that are compressed and read together, at most: fewer at a time would cost Python's lock more than the codec."""
+_LEAST_ROWS, _CHUNK_BYTES = 8, 8 << 20
+"""Each thread that reads an array holds one chunk of it: so large, unless so few rows are larger."""
 EMPTY = 2**64 - 1
 """Offset and length, in an index, of a chunk behind the end of the array."""
 Piece = tuple[memoryview, bytes]
 """A chunk as stored, and its checksum."""
 Map = Callable[[Callable[[NDArray[np.generic]], Piece], Iterable[NDArray[np.generic]]], Iterable[Piece]]
+
+
+class Codec(NamedTuple):
+    """How an array's chunks are compressed: zstd over bit planes, by blosc."""
+
+    block_bytes: int = 0
+    """What is compressed together; 0: the library's own choice."""
+    typesize: int = 0
+    """Bytes that give their bits to a plane as one element; 0: those of the dtype."""
+
+    def blosc(self, itemsize: int) -> numcodecs.Blosc:
+        """The codec, for elements of ``itemsize`` bytes."""
+        return numcodecs.Blosc(
+            "zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE, self.block_bytes, typesize=self.typesize or itemsize
+        )
+
+
+def chunk_rows(shard: int, row_bytes: int = 0) -> int:
+    """Rows of a chunk in shards (or chunks) of ``shard`` rows: they divide it, and runs of :data:`CHUNK_ROWS`."""
+    rows = math.gcd(shard, CHUNK_ROWS) if shard >= _LEAST_ROWS else shard
+    while rows > _LEAST_ROWS and rows * row_bytes > _CHUNK_BYTES:
+        rows //= 2
+    return rows
 
 
 def shard_bytes(

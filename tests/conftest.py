@@ -34,6 +34,7 @@ from hdcache.schema import (
     TeacherRecord,
     ViewSpec,
 )
+from hdcache.shards import Codec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 
@@ -50,7 +51,7 @@ def _write(ledger: Ledger, arrays: dict[str, tuple[ArrayCard, np.ndarray]], **se
     }
     writers = {}
     for key, (card, _) in arrays.items():
-        codec = compresses(card.dtype, key.rsplit("/", 1)[-1])
+        codec = Codec() if compresses(card.dtype, key.rsplit("/", 1)[-1]) else None
         writers[key] = ShardWriter(ROWS, card, CHUNK, SHARD, codec=codec, attributes={})
         static[f"{ledger.key}/{key}/zarr.json"] = durable_write(
             ledger.folder / key / "zarr.json", writers[key].metadata

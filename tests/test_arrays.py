@@ -33,6 +33,7 @@ from hdcache.arrays import (
 from hdcache.durable import durable_write
 from hdcache.errors import OutOfSpace, StoreCorrupt
 from hdcache.schema import ArrayCard, StoredObject
+from hdcache.shards import Codec
 
 ROWS, SHARD, CHUNK = 20, 8, 4
 CODED = [("int8", True), ("int16", True), ("uint8", True), ("int32", True)]
@@ -52,7 +53,9 @@ class Written:
     def __init__(self, root: Path, dtype: str = "int8", codec: bool = True, row: tuple[int, ...] = (3, 5)) -> None:
         self.root, self.folder, self.dtype, self.row = root, root / "a", dtype, row
         self.values = numbers(dtype, ROWS, *row)
-        writer = ShardWriter(ROWS, ArrayCard(shape=row, dtype=dtype), CHUNK, SHARD, codec=codec, attributes={"x": 1})  # type: ignore[arg-type]
+        writer = ShardWriter(
+            ROWS, ArrayCard(shape=row, dtype=dtype), CHUNK, SHARD, codec=Codec() if codec else None, attributes={"x": 1}
+        )  # type: ignore[arg-type]
         self.listed = {"a/zarr.json": durable_write(self.folder / "zarr.json", writer.metadata)}
         self.files: list[Path] = []
         for shard in range(3):
@@ -85,7 +88,9 @@ def same(found: Any, expected: NDArray[Any]) -> None:
 def test_bytes_depend_on_values_alone(dtype: str, codec: bool, tmp_path: Path) -> None:
     """Two writers, two orders of shards, one set of files."""
     first = Written(tmp_path / "1", dtype, codec)
-    writer = ShardWriter(ROWS, ArrayCard(shape=(3, 5), dtype=dtype), CHUNK, SHARD, codec=codec, attributes={"x": 1})  # type: ignore[arg-type]
+    writer = ShardWriter(
+        ROWS, ArrayCard(shape=(3, 5), dtype=dtype), CHUNK, SHARD, codec=Codec() if codec else None, attributes={"x": 1}
+    )  # type: ignore[arg-type]
     assert writer.metadata == (first.folder / "zarr.json").read_bytes()
     for shard in (2, 0, 1, 2, 0):
         block = first.values[shard * SHARD : (shard + 1) * SHARD]
@@ -106,7 +111,7 @@ def test_bytes_that_no_release_may_change(tmp_path: Path) -> None:
 
 def test_all_zero_rows_are_stored(tmp_path: Path) -> None:
     """Zeros are legal data: written, listed and read like any other, on both pipelines."""
-    writer = ShardWriter(8, ArrayCard(shape=(3,), dtype="int8"), 4, 8, codec=True, attributes={})
+    writer = ShardWriter(8, ArrayCard(shape=(3,), dtype="int8"), 4, 8, codec=Codec(), attributes={})
     listed = {
         "a/zarr.json": durable_write(tmp_path / "a" / "zarr.json", writer.metadata),
         f"a/{writer.key(0)}": durable_write(
@@ -127,7 +132,7 @@ def test_all_zero_rows_are_stored(tmp_path: Path) -> None:
     ],
 )
 def test_only_whole_shards_of_the_right_type_are_encoded(shard: int, block: NDArray[Any]) -> None:
-    writer = ShardWriter(ROWS, ArrayCard(shape=(3,), dtype="int8"), CHUNK, SHARD, codec=True, attributes={})
+    writer = ShardWriter(ROWS, ArrayCard(shape=(3,), dtype="int8"), CHUNK, SHARD, codec=Codec(), attributes={})
     with pytest.raises(ValueError, match=rf"shard {shard}: got int.*, expected int8"):
         writer.encode(shard, block)
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from hdcache.arrays import ShardWriter
 from hdcache.chunks import ShardLayout
 from hdcache.schema import ArrayCard
+from hdcache.shards import Codec
 
 ROWS, SHARD, CHUNK = 20, 8, 4
 KINDS = [("uint8", True), ("int16", True), ("float16", False), ("int8", False), ("float32", False)]
@@ -30,7 +31,9 @@ KINDS = [("uint8", True), ("int16", True), ("float16", False), ("int8", False), 
 def made(dtype: str, codec: bool, row: tuple[int, ...] = (3, 5)) -> tuple[dict[str, Any], NDArray[Any], list[bytes]]:
     """Metadata, values and shards of an array as stores have them; the last shard is short."""
     values = np.random.default_rng(0).integers(0, 100, (ROWS, *row)).astype(dtype)
-    writer = ShardWriter(ROWS, ArrayCard(shape=row, dtype=dtype), CHUNK, SHARD, codec=codec, attributes={})  # type: ignore[arg-type]
+    writer = ShardWriter(
+        ROWS, ArrayCard(shape=row, dtype=dtype), CHUNK, SHARD, codec=Codec() if codec else None, attributes={}
+    )  # type: ignore[arg-type]
     shards = [writer.encode(number, values[number * SHARD : (number + 1) * SHARD]) for number in range(3)]
     return json.loads(writer.metadata), values, shards
 

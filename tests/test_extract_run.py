@@ -38,6 +38,7 @@ from hdcache.integrity import verify, view_ledger
 from hdcache.reader import TeacherReader, read_geometry
 from hdcache.samples import open_sample
 from hdcache.schema import ArrayCard, Receipt, ViewSpec
+from hdcache.shards import Codec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher, load_teacher
@@ -200,7 +201,7 @@ def test_a_recorded_box_is_what_later_teachers_see(data: str, tmp_path: Path, ti
     ledger = view_ledger(store, 0)
     receipt = ledger.receipt(0)
     assert receipt is not None
-    writer = ShardWriter(40, ArrayCard(shape=(8,), dtype="int32"), 8, 8, codec=True, attributes={})
+    writer = ShardWriter(40, ArrayCard(shape=(8,), dtype="int32"), 8, 8, codec=Codec(), attributes={})
     from hdcache.arrays import durable_write
 
     changed = durable_write(ledger.folder / "geometry" / writer.key(0), writer.encode(0, geometry[:8]))

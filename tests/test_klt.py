@@ -176,3 +176,17 @@ def test_components_that_say_nothing_are_dropped() -> None:
     whole = fit(request("final", "klt", 0.3), tokens_of(patches), tokens_of(patches))
     assert whole.constants["basis"].shape[1] == kept
     assert error(whole, field(100, (4, 8), 48, 0.0, 1)) < 0.3 * (1 + IDLE) * 1.05
+
+
+def test_the_codec_takes_codes_as_they_are_shortest() -> None:
+    """Where neighbours are alike two bytes at a time, in noise one; the card says so, and reading needs no hint."""
+    noise = torch.randn(64, 256, 24, generator=torch.Generator().manual_seed(0))
+    grid = (16, 16)
+    alike = over_grid(noise.transpose(1, 2) / (1 + torch.arange(256)).sqrt(), [dct_matrix(16).T] * 2).transpose(1, 2)
+    apart = 8 * noise / (1 + torch.arange(24))
+    for patches, expected in ((apart, 0), (alike, 2)):
+        found = fit_klt("final", patches, 0.1, grid)
+        z = rounded(components(patches, {k: torch.from_numpy(v) for k, v in found.constants.items()}, found.grid), 0.1)
+        narrow = integers(z[:, found.wide :], "uint8")
+        sizes = {width: len(compressed(narrow, typesize=width)) for width in (0, 2)}
+        assert found.typesize == expected == min(sizes, key=lambda width: sizes[width])

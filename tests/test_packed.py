@@ -23,6 +23,7 @@ from hdcache.extract.packing import pack
 from hdcache.packed import _unpacked, bytes_key, packed, packed_dataset, packed_order, pixels_ledger
 from hdcache.pixels import digest
 from hdcache.schema import ArrayCard, Receipt, StoredObject
+from hdcache.shards import Codec
 from hdcache.store import Store
 
 COUNT = 20
@@ -40,7 +41,7 @@ def kept(tmp_path: Path, make_folder: Callable[..., Path]) -> Store:
 def tampered(store: Store, shard: int, index: list[list[int]]) -> None:
     """Other numbers in the index of a shard, listed with their right sizes and sha256: as an attacker would."""
     ledger = pixels_ledger(store)
-    writer = ShardWriter(COUNT, ArrayCard(shape=(2,), dtype="int64"), 8, 8, codec=True, attributes={})
+    writer = ShardWriter(COUNT, ArrayCard(shape=(2,), dtype="int64"), 8, 8, codec=Codec(), attributes={})
     data = writer.encode(shard, np.array(index, np.int64))
     key = f"index/c.{shard}.0"
     (ledger.folder / key).write_bytes(data)

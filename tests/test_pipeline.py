@@ -27,6 +27,7 @@ from hdcache.extract.rows import decode_row, order_of, shard_rows
 from hdcache.extract.writer import Row, ViewWriter
 from hdcache.integrity import view_ledger
 from hdcache.schema import ArrayCard, Preprocessing, Receipt
+from hdcache.shards import Codec
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher, batches, load_teacher
@@ -97,7 +98,7 @@ def test_rows_in_another_order_than_the_seed_gives_are_refused(pipeline: Pipelin
     pipeline.run(writer, [0], ignore)
     geometry = np.zeros((8, 8), np.int32)
     geometry[:, 0] = row_order(20, 0, 0)[7::-1]
-    shard = ShardWriter(20, ArrayCard(shape=(8,), dtype="int32"), 8, 8, codec=True, attributes={})
+    shard = ShardWriter(20, ArrayCard(shape=(8,), dtype="int32"), 8, 8, codec=Codec(), attributes={})
     ledger = view_ledger(pipeline.store, 0)
     receipt = ledger.receipt(0)
     assert receipt is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,17 +15,19 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from hdcache.shards import LEVEL, shard_bytes
+from hdcache.shards import CHUNK_ROWS, LEVEL, Codec, chunk_rows, shard_bytes
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "float16", "int32", "float32")
 
 
-def by_zarr(values: np.ndarray, chunk: int, shard: int, block_bytes: int | None) -> list[bytes]:
-    """Every shard of an array, written by zarr-python; ``block_bytes`` None: no codec."""
+def by_zarr(values: np.ndarray, chunk: int, shard: int, used: Codec | None) -> list[bytes]:
+    """Every shard of an array, written by zarr-python."""
     objects: dict[str, Any] = {}
-    size = values.dtype.itemsize
-    codec = [] if block_bytes is None else [
-        BloscCodec(cname="zstd", clevel=LEVEL, shuffle="bitshuffle", typesize=size, blocksize=block_bytes)
+    codec = [] if used is None else [
+        BloscCodec(
+            cname="zstd", clevel=LEVEL, shuffle="bitshuffle", typesize=used.typesize or values.dtype.itemsize,
+            blocksize=used.block_bytes,
+        )
     ]  # fmt: skip
     with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
         array = zarr.create_array(
@@ -44,17 +47,16 @@ def by_zarr(values: np.ndarray, chunk: int, shard: int, block_bytes: int | None)
     chunk=st.integers(1, 8),
     count=st.integers(1, 4),
     row=st.sampled_from([(), (3,), (5, 7), (2, 3, 4)]),
-    block_bytes=st.sampled_from([None, 0, 1 << 20]),
+    codec=st.sampled_from([None, Codec(), Codec(1 << 20), Codec(1 << 20, 2), Codec(0, 2)]),
     zeros=st.booleans(),
 )
 def test_bytes_are_those_of_zarr_python(
-    dtype: str, rows: int, chunk: int, count: int, row: tuple[int, ...], block_bytes: int | None, zeros: bool
+    dtype: str, rows: int, chunk: int, count: int, row: tuple[int, ...], codec: Codec | None, zeros: bool
 ) -> None:
     values = np.random.default_rng(rows).integers(0, 1 if zeros else 50, (rows, *row)).astype(dtype)
-    codec = None if block_bytes is None else numcodecs.Blosc("zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE, block_bytes)
-    shard = chunk * count
-    found = [shard_bytes(values[start : start + shard], chunk, count, codec) for start in range(0, rows, shard)]
-    assert found == by_zarr(values, chunk, shard, block_bytes)
+    blosc, shard = None if codec is None else codec.blosc(values.dtype.itemsize), chunk * count
+    found = [shard_bytes(values[start : start + shard], chunk, count, blosc) for start in range(0, rows, shard)]
+    assert found == by_zarr(values, chunk, shard, codec)
 
 
 @pytest.mark.parametrize("codec", [None, numcodecs.Blosc("zstd", LEVEL, numcodecs.Blosc.BITSHUFFLE)])
@@ -65,3 +67,15 @@ def test_bytes_do_not_depend_on_threads_or_memory_order(codec: numcodecs.Blosc |
         assert shard_bytes(values, 8, 4, codec, pool.map) == expected
     assert shard_bytes(np.asfortranarray(values), 8, 4, codec) == expected
     assert shard_bytes(values.astype(">u2"), 8, 4, codec) == shard_bytes(values.astype("<u2"), 8, 4, codec)
+
+
+@given(shard=st.integers(1, 4096), row_bytes=st.integers(0, 1 << 24))
+def test_chunks_divide_shards_and_runs(shard: int, row_bytes: int) -> None:
+    """A run of an epoch then never decodes a part of a chunk; chunks of 8, as older stores have them, stay as they are."""
+    rows = chunk_rows(shard, row_bytes)
+    assert shard % rows == 0
+    if shard % 8 == 0:
+        assert CHUNK_ROWS % rows == 0
+        assert rows == 8 or rows * row_bytes <= 8 << 20
+        assert rows == math.gcd(shard, CHUNK_ROWS) or 2 * rows * row_bytes > 8 << 20
+        assert chunk_rows(8, row_bytes) == 8
