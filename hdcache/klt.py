@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.errors import UsageError
-from hdcache.shards import Codec
+from hdcache.shards import CHUNK_ROWS, Codec
 
 # A component is stored as int16 when calibration comes within a factor two of int8's range.
 NARROW: Final = "uint8"
@@ -282,7 +282,7 @@ def _size(codes: Tensor) -> tuple[int, int]:
     return first + min(narrow), 2 if narrow[1] < narrow[0] else 0
 
 
-def chunks(rows: NDArray[np.generic], size: int = 8) -> Iterator[NDArray[np.generic]]:
+def chunks(rows: NDArray[np.generic], size: int = CHUNK_ROWS) -> Iterator[NDArray[np.generic]]:
     """Rows that a store compresses together."""
     for start in range(0, len(rows) if rows[:1].size else 0, size):
         yield rows[start : start + size]

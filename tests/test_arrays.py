@@ -178,7 +178,7 @@ def test_the_rust_reader_is_used_where_it_is_installed(written: Written, monkeyp
     read_pipeline.cache_clear()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(span=st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(sorted))
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_any_span_of_rows(pipeline: str, span: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -193,7 +193,7 @@ def test_rows_outside_the_array(span: tuple[int, int], written: Written) -> None
         written.reader().rows(*span)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(span=st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(sorted), data=st.data())
 @pytest.mark.parametrize("pipeline", [None, *PIPELINES])
 @pytest.mark.parametrize("codec", [True, False])
@@ -433,7 +433,7 @@ def test_metadata_too_large_to_be_any(listed: bool, written: Written) -> None:
         written.reader(**({} if listed else {"listed": {}}))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_metadata_reads_right_or_is_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One value somewhere in the metadata becomes another: the same rows as before, or StoreCorrupt."""

@@ -56,7 +56,7 @@ def opened(folder: Path, data: bytes) -> Iterator[tuple[int, int]]:
         yield file.fileno(), len(data)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),
     shard=st.integers(0, 2),

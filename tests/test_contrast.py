@@ -41,7 +41,7 @@ def picked(similarities: list[float], place: int, tau: float) -> float:
 # Against slow loops
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99), layers=st.integers(1, 3), images=st.integers(2, 5), tau=st.floats(0.1, 1))
 def test_info_nce_agrees_with_a_slow_loop(seed: int, layers: int, images: int, tau: float) -> None:
     p, z = normal(layers, images, 6, seed=seed), normal(images, 6, seed=seed + 100)
@@ -54,7 +54,7 @@ def test_info_nce_agrees_with_a_slow_loop(seed: int, layers: int, images: int, t
     assert float(scaled_info_nce(p, z, tau)) == pytest.approx(2 * tau * sum(rows) / len(rows), rel=1e-4, abs=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99), layers=st.integers(1, 3), images=st.integers(1, 5))
 def test_cosine_distance_agrees_with_a_slow_loop(seed: int, layers: int, images: int) -> None:
     p, z = normal(layers, images, 6, seed=seed), normal(images, 6, seed=seed + 100)
@@ -62,7 +62,7 @@ def test_cosine_distance_agrees_with_a_slow_loop(seed: int, layers: int, images:
     assert float(cosine_distance(p, z)) == pytest.approx(sum(rows) / len(rows), rel=1e-4, abs=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99), layers=st.integers(1, 3), images=st.integers(1, 4))
 def test_nt_xent_agrees_with_a_slow_loop(seed: int, layers: int, images: int) -> None:
     """The query's own image and view is no key, its other view is the one to find; all else are negatives."""

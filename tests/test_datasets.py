@@ -449,7 +449,7 @@ def test_other_braces() -> None:
 KEY = st.text(string.ascii_letters + "é-_ 日", min_size=1, max_size=8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(names=st.lists(KEY, min_size=1, max_size=5, unique_by=lambda name: unicodedata.normalize("NFC", name)))
 def test_tar_keys_survive(names: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = pack(tmp_path_factory.mktemp("t") / "s.tar", [(f"d/{name}.png", name.encode()) for name in reversed(names)])

@@ -354,7 +354,7 @@ def test_a_run_goes_on_beside_others_and_alone(
     assert distill(several[3], out=out / "hybrid", store=tiny_store, **CPU)["steps"] == 8
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(crashes=st.lists(st.integers(1, 30), max_size=3), every=st.tuples(st.integers(1, 3), st.integers(1, 3)))
 def test_any_number_of_crashes_leaves_the_same_students(
     crashes: list[int], every: tuple[int, int], tiny_store: Path, called: Make, tmp_path_factory: pytest.TempPathFactory

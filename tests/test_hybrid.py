@@ -371,7 +371,7 @@ def test_counts_of_a_base_student_at_224_pixels() -> None:
     assert tokens_of(taps["final"]).patches.shape[1] == 24
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(0.3, 0.9), st.sampled_from(["teacher", "student", "random"]), st.integers(0, 3))
 def test_survivors_are_ascending_and_nested(ratio: float, scorer: Any, seed: int) -> None:
     objective = Hybrid(**NAMED | EVERY, keep_ratio=ratio, scorer=scorer, stages=(1, 3))

@@ -318,7 +318,7 @@ def test_an_object_that_cannot_be_opened(sealed_store: Path, monkeypatch: pytest
     assert f"{SHARD}: cannot be read (Input/output error)" in faults(sealed_store)
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
     which=st.sampled_from(
@@ -364,7 +364,7 @@ def test_a_changed_record_is_a_fault_or_changes_nothing(
 # Replaced
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=4), moment=st.integers(1, 30), again=st.integers(1, 30))
 def test_a_shard_that_is_replaced_is_the_old_one_or_the_new_one(
     sizes: list[int], moment: int, again: int, tmp_path_factory: pytest.TempPathFactory

@@ -131,7 +131,7 @@ def test_extreme_scales_normalise() -> None:
     assert unit_rows(rows)[3].tolist() == [1, 0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 4), st.data())
 def test_search_keeps_its_promise_on_coarse_values(seed: int, rows: int, width: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, rows))
@@ -252,7 +252,7 @@ def test_permuting_the_bank_changes_nothing_away_from_ties() -> None:
         np.testing.assert_array_equal(found[clear], expected[clear])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.integers(2, 60))
 def test_scaling_rows_by_a_power_of_two_changes_nothing(seed: int, temperature: float, rows: int) -> None:
     draws = np.random.default_rng(seed)

@@ -748,7 +748,7 @@ def test_a_batch_without_a_readable_image_is_an_error(copy: Path) -> None:
     assert_no_threads()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     batch_size=st.integers(1, 50),
     world=st.integers(1, 5),

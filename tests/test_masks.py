@@ -119,7 +119,7 @@ def test_ratios_that_hide_nothing_or_all_are_refused(cells: int, ratio: float, m
         hidden_count(3, 1.0, "objective.mask_ratio")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(spec=specs, cells=st.integers(2, 40), slots=st.integers(1, 4), view=st.integers(-3, 3))
 def test_a_mask_is_exact_in_number_ascending_and_inside(spec: MaskSpec, cells: int, slots: int, view: int) -> None:
     assume(fits(spec, cells, slots))
@@ -132,7 +132,7 @@ def test_a_mask_is_exact_in_number_ascending_and_inside(spec: MaskSpec, cells: i
     assert visible.shape[1] >= math.floor((1 - spec.ratio) * cells) * slots
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(spec=specs, cells=st.integers(8, 40), slots=st.integers(1, 3))
 def test_a_mask_is_a_function_of_seed_id_view_and_purpose(spec: MaskSpec, cells: int, slots: int) -> None:
     """The batch that a sample comes in does not matter; each part of the key does."""
@@ -150,7 +150,7 @@ def test_a_mask_is_a_function_of_seed_id_view_and_purpose(spec: MaskSpec, cells:
     assert len({row.tobytes() for row in whole}) > 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cells=st.integers(2, 30), slots=st.integers(2, 5), ratio=st.floats(0.05, 0.95))
 def test_a_tube_shows_the_same_cells_in_every_slot(cells: int, slots: int, ratio: float) -> None:
     spec = MaskSpec(kind="tube", ratio=ratio)
@@ -175,7 +175,7 @@ def test_every_token_is_shown_equally_often() -> None:
     assert abs(shown - 500).max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seen=st.integers(1, 30), share=st.floats(0, 1), epoch=st.integers(0, 3))
 def test_a_nested_mask_takes_some_of_the_columns_it_is_given(seen: int, share: float, epoch: int) -> None:
     """Positions among what the teacher sees, so that what they pick lies inside it."""
@@ -200,7 +200,7 @@ def test_ties_are_broken_by_position() -> None:
     assert first_sorted(np.array([[3.0, 1.0, 2.0]]), 2).tolist() == [[1, 2]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), tokens=st.integers(1, 70), rows=st.integers(0, 4))
 def test_packed_bits_give_the_mask_back(data: st.DataObject, tokens: int, rows: int) -> None:
     count = data.draw(st.integers(1, tokens))
@@ -232,7 +232,7 @@ def test_bits_beyond_the_last_token_are_no_tokens() -> None:
     assert unpack_visible(packed, 10, 2).tolist() == [[0, 1]]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(spec=specs, cells=st.integers(2, 40), slots=st.integers(1, 4))
 def test_the_count_is_known_before_a_mask_is_drawn(spec: MaskSpec, cells: int, slots: int) -> None:
     if not fits(spec, cells, slots):

@@ -126,7 +126,7 @@ def test_truncated_bytes_are_refused(form: str, share: float) -> None:
         decode(data[: int(len(data) * share)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM"])
 )

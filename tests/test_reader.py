@@ -200,7 +200,7 @@ def test_geometry_that_names_a_sample_twice_is_refused(sealed_store: Path, monke
 # Records and numbers that nothing could have written
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=st.integers(0, 19), column=st.integers(1, 12), value=st.integers(-(2**31), 2**31 - 1))
 def test_geometry_is_possible_or_names_the_row(
     sealed_store: Path, monkeypatch: pytest.MonkeyPatch, row: int, column: int, value: int
@@ -258,7 +258,7 @@ def test_taps_that_the_network_cannot_have_are_corrupt(sealed_store: Path, card:
         reader(sealed_store)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), which=st.sampled_from(["teachers/t/zarr.json", "teachers/t/views/0/manifest.json"]))
 def test_a_changed_record_is_read_or_says_why(
     data: st.DataObject, which: str, sealed_store: Path, mutations: Callable[[bytes], st.SearchStrategy[bytes]]

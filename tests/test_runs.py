@@ -32,7 +32,7 @@ class Counting:
                 arrays["x/values"][place] = row + 1000 * view
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     data=st.data(),
     count=st.integers(1, 200),

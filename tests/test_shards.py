@@ -40,7 +40,7 @@ def by_zarr(values: np.ndarray, chunk: int, shard: int, used: Codec | None) -> l
     return [objects[f"c.{number}{zeros}"].to_bytes() for number in range(-(-len(values) // shard))]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(DTYPES),
     rows=st.integers(1, 40),

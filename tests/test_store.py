@@ -40,7 +40,7 @@ def edit(path: Path, **changes: Any) -> None:
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.sets(names, min_size=1, max_size=6).map(sorted), data=st.data())
 def test_what_was_created_is_opened(
     ids: list[str], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -195,7 +195,7 @@ def test_sealed_views_are_those_with_a_manifest(sealed_store: Path) -> None:
 # Records that were changed
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), which=st.sampled_from(["zarr.json", "teachers/t/zarr.json", "samples/receipt.json"]))
 def test_a_changed_record_opens_or_says_why(
     data: st.DataObject, which: str, sealed_store: Path, mutations: Callable[[bytes], st.SearchStrategy[bytes]]

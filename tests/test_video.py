@@ -135,7 +135,7 @@ def test_the_reference_video_has_frames_that_depend_on_later_ones(mp4: bytes) ->
     assert any(times[key + 1] < times[key] for key in keys[1:-1]), "a frame before a key frame is stored behind it"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_set_of_frames_is_exact(mp4: bytes, data: st.DataObject) -> None:
     wanted = data.draw(st.lists(st.integers(0, COUNT - 1), max_size=6))
@@ -242,7 +242,7 @@ def test_a_file_that_was_cut_short_is_refused(share: float, tmp_path: Path) -> N
         Video(behind[: int(0.5 * len(behind))])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damage_is_a_reason_and_never_a_crash(mp4: bytes, data: st.DataObject) -> None:
     damaged = bytearray(mp4)
@@ -360,7 +360,7 @@ def test_a_drawn_clip_is_its_frames_under_one_box(dataset: Dataset, mp4: bytes) 
         np.testing.assert_array_equal(pixels[:, place].transpose(1, 2, 0), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(frames=st.integers(1, 6), stride=st.integers(1, 7), seed=st.integers(0, 3), view=st.integers(0, 9))
 def test_a_replayed_clip_is_the_drawn_one(mp4: bytes, frames: int, stride: int, seed: int, view: int) -> None:
     spec = ViewSpec(kind="multi-scale-crop", flip=0.5, frames=frames, stride=stride, seed=seed)
@@ -640,7 +640,7 @@ def test_intra_refresh_is_no_place_to_start(refreshed: bytes) -> None:
         np.testing.assert_array_equal(np.asarray(video.frames([index])[index]), expected[index])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(wanted=st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4), kind=st.sampled_from(["mp4", "refreshed"]))
 def test_a_frame_does_not_depend_on_its_company(mp4: bytes, refreshed: bytes, wanted: list[int], kind: str) -> None:
     video = Video({"mp4": mp4, "refreshed": refreshed}[kind])

@@ -130,7 +130,7 @@ names = st.text("ab.-_", min_size=0, max_size=3).map(lambda text: f"t{text}") | 
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(teacher=names, other=names | st.just(PIXELS))
 def test_a_lease_is_touched_by_no_other_lock(teacher: str, other: str, store: Store) -> None:
     assume(teacher != other)
