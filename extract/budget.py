@@ -79,6 +79,7 @@ def fit_within_budget(
     requests: Sequence[TapRequest],
     known: Mapping[str, tuple[Tokens | Tensor, Tokens | Tensor]],
     grid: tuple[int, ...] | None,
+    precision: str = "fp32",
 ) -> dict[str, Encoder]:
     """Encoders of all taps whose rows fit into the requests' ``row_budget``; ``known`` has calibration and held-out rows.
 
@@ -97,7 +98,10 @@ def fit_within_budget(
         least = (taken + sum(points[0].bytes for points in curves.values())) / SAFETY
         raise _too_small(budget, asked, least)
     while True:
-        fitted = {tap: fit(asked[tap].model_copy(update={"fidelity": chosen[tap]}), *known[tap], grid) for tap in asked}
+        fitted = {
+            tap: fit(asked[tap].model_copy(update={"fidelity": chosen[tap]}), *known[tap], grid, precision=precision)
+            for tap in asked
+        }
         if taken + sum(encoder.card.bytes_per_row for encoder in fitted.values()) <= budget:
             return fixed | fitted
         if min(chosen.values()) >= COARSEST:

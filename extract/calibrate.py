@@ -62,9 +62,12 @@ def calibrate(
     first, last = slice(0, count - held if count > 1 else 1), slice(count - held, count)
     known = {tap: (_cut(value, first), _cut(value, last)) for tap, value in values.items()}
     if any(request.row_budget is not None for request in requests):
-        fitted = fit_within_budget(requests, known, grid)
+        fitted = fit_within_budget(requests, known, grid, teacher.card.precision)
     else:
-        fitted = {request.tap: fit(request, *known[request.tap], grid) for request in requests}
+        fitted = {
+            request.tap: fit(request, *known[request.tap], grid, precision=teacher.card.precision)
+            for request in requests
+        }
     few = slice(max(0, count - min(held, RELATION_ROWS)), count)
     with teacher.within_memory():
         encoders = {tap: _with_relation_error(fitted[tap], teacher, _cut(values[tap], few)) for tap in taps}

@@ -51,7 +51,7 @@ DIGITS = 6
 """Of every measured number that a store records."""
 # Rows that are measured, and compressed, together.
 CODEC_ROWS = 8
-PASS_VALUES = 1 << 20
+PASS_VALUES = 1 << 21
 """Values that a CPU encodes together: the passes over them are over memory that a cache holds."""
 
 
@@ -110,10 +110,19 @@ class Encoder:
         if self.card.encoding == "int8":
             z = ((patches.float() - constants["offset"]) / constants["scale"]).round_().transpose(1, 2)
         else:
-            z = klt.before_cut(klt.components(patches, constants, self.card.grid), self.card.dead_zone)
+            z = klt.before_cut(self._components(patches, constants), self.card.dead_zone)
         wide = arrays["wide"].shape[0] if "wide" in arrays else 0
         parts = {"wide": z[:, :wide], "codes": z[:, wide:]}
         return {name: klt.folded(part, arrays[name].dtype) for name, part in parts.items() if name in arrays}
+
+    def _components(self, patches: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        if self.card.arithmetic == "fp32":
+            return klt.components(patches, constants, self.card.grid)
+        half = self._on(patches.device, torch.bfloat16)
+        return klt.coarse_components(patches, constants["mean"], half["rotation"], self._positions(half))
+
+    def _positions(self, constants: Mapping[str, Tensor]) -> list[Tensor]:
+        return [constants[f"positions{axis}"] for axis in range(len(positions(self.card.grid or ())))]
 
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tokens | Tensor:
         """Rows of stored arrays (on any device) back to ``dtype``; the inverse of :meth:`encode` up to its stated error."""
@@ -139,8 +148,7 @@ class Encoder:
         if card.encoding == "int8":
             codes = by_token([unfold(part) for part in stored], dtype)
             return Tokens(prefix, torch.addcmul(constants["offset"], codes, constants["scale"]))
-        back = [constants[f"positions{axis}"] for axis in range(len(positions(card.grid or ())))]
-        return Coded(prefix, Blocks(stored, back, dtype), constants["inverse"], constants["mean"])
+        return Coded(prefix, Blocks(stored, self._positions(constants), dtype), constants["inverse"], constants["mean"])
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The constants, copied once: megabytes per tap, and each copy waits for what is queued on the device."""
@@ -150,6 +158,7 @@ class Encoder:
                 if "basis" in on:
                     # Step and gain ride on the small basis, not on every code.
                     on["inverse"] = (on["basis"] * (on["step"] * on.get("gain", 1))).T
+                    on["rotation"] = on["basis"] / on["step"]
                     back = positions(self.card.grid or ())
                     on |= {f"positions{axis}": matrix.to(device) for axis, matrix in enumerate(back)}
                 self._held[device, dtype] = {name: value.to(dtype) for name, value in on.items()}
@@ -167,12 +176,14 @@ def fit(
     heldout: Tokens | Tensor,
     grid: tuple[int, ...] | None = None,
     prepared: klt.Prepared | None = None,
+    precision: str = "fp32",
 ) -> Encoder:
     """Choose the encoding's constants on ``calibration`` rows and measure its error on ``heldout`` rows.
 
     Both are float32 rows of the tap, [R, ...]; at least one row each. ``grid`` is how a row's patch tokens lie (temporal
     slots, rows, columns), where all of them are there. The result depends on nothing else: ``prepared`` is what
-    :func:`hdcache.klt.prepare` makes of ``calibration``, for several fits of the same rows.
+    :func:`hdcache.klt.prepare` makes of ``calibration``, for several fits of the same rows. ``precision`` is what the rows
+    were computed in, fp32 or bf16: coarse klt codes are made in the same.
     """
     kind, found = asked.encoding, None
     if isinstance(calibration, Tensor):
@@ -216,6 +227,9 @@ def fit(
         dead_zone=klt.DEAD_ZONE if found else 0.0,
         block_bytes=klt.BLOCK_BYTES if any(compresses(a.dtype, name) for name, a in arrays.items()) else 0,
         typesize=2 if found and found.typesize else 0,
+        arithmetic="bf16"
+        if found and precision == "bf16" and (asked.fidelity or DEFAULT_FIDELITY) >= klt.COARSE
+        else "fp32",
         certificate=blank,
     )
     draft = Encoder(card, constants)

@@ -38,6 +38,8 @@ DEAD_ZONE = 0.1
 """How much later than half a step a value is rounded up, in steps."""
 PAYS = 0.97
 """What a DCT must make of the bytes to be worth its arithmetic and its wider integers."""
+COARSE = 0.05
+"""Relative error from which on the arithmetic of a teacher in bfloat16 is good enough to encode in, too."""
 IDLE = 0.01
 """Share of the squared error that dropping the last components may add."""
 BLOCK_BYTES = 1 << 20
@@ -112,6 +114,22 @@ def components(patches: Tensor, constants: Mapping[str, Tensor], grid: tuple[int
     z = torch.matmul(constants["basis"].T, (patches.float() - constants["mean"]).transpose(1, 2))
     z = z.div_(constants["step"])
     return z if grid is None else over_grid(z, [dct_matrix(n).to(z.device) for n in grid])
+
+
+def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Sequence[Tensor]) -> Tensor:
+    """As :func:`components`, by products of bfloat16: several times as fast where the hardware has them.
+
+    ``mean`` is float32 [D], ``rotation`` bfloat16 [D, K], the basis over the step; ``back`` are the bfloat16 matrices that take
+    the DCT back (:func:`hdcache.klt_decoding.positions`), which is orthonormal. Each product rounds to 8 bits, which adds
+    noise of up to 0.2 % of the spread: next to nothing where steps make an error of :data:`COARSE` or more.
+    """
+    centred = (patches.float() - mean).to(rotation.dtype)
+    if len(back) == 1:
+        tokens = torch.mm(centred.flatten(0, 1), rotation).unflatten(0, centred.shape[:2])
+        # The product itself turns tokens into columns.
+        return torch.bmm(tokens.transpose(1, 2), back[0].expand(len(tokens), -1, -1)).float()
+    z = torch.matmul(rotation.T, centred.transpose(1, 2))
+    return (over_grid(z, [matrix.T for matrix in back]) if back else z).float()
 
 
 def rounded(z: Tensor, dead_zone: float) -> Tensor:

@@ -471,3 +471,22 @@ def test_what_is_worth_a_codec() -> None:
         True, True, True, False, False, False
     ]  # fmt: skip
     assert not compresses("uint8", "prefix")
+
+
+@pytest.mark.parametrize("grid", [None, (4, 4), (2, 3, 4), (24, 24)], ids=str)
+def test_codes_of_a_teacher_in_bf16_are_made_in_bf16(grid: tuple[int, ...] | None) -> None:
+    """Their error is that of codes made in fp32, to two thousandths; finer codes are not made so."""
+    tokens = math.prod(grid) if grid else 16
+    smooth = torch.randn(1, tokens, 1, generator=torch.Generator().manual_seed(5))
+    rows, held = (gaussian(40, tokens, 24, seed=seed) for seed in (0, 1))
+    rows, held = (Tokens(value.prefix, value.patches + 4 * smooth.cumsum(1) / tokens**0.5) for value in (rows, held))
+    for fidelity, expected in ((0.04, "fp32"), (0.05, "bf16"), (0.1, "bf16"), (None, "bf16")):
+        asked = request("final", "klt", fidelity)
+        single, half = (fit(asked, rows, held, grid, precision=precision) for precision in ("fp32", "bf16"))
+        assert (single.card.arithmetic, half.card.arithmetic) == ("fp32", expected)
+        errors = [each.card.certificate.relative_rmse for each in (single, half)]
+        assert errors[1] == pytest.approx(errors[0], rel=2e-3)
+        for name, codes in single.encode(held)[0].items():
+            other = half.encode(held)[0][name]
+            assert (codes != other).mean() < 0.05
+    assert fit(request("final", "int8", None), rows, held, grid, precision="bf16").card.arithmetic == "fp32"
