@@ -125,7 +125,7 @@ def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Seq
     """
     centred = (patches.float() - mean).to(rotation.dtype)
     if len(back) == 1:
-        tokens = torch.mm(centred.flatten(0, 1), rotation).unflatten(0, centred.shape[:2])
+        tokens = torch.mm(centred.flatten(0, 1), rotation).view(*centred.shape[:2], -1)
         # The product itself turns tokens into columns.
         return torch.bmm(tokens.transpose(1, 2), back[0].expand(len(tokens), -1, -1)).float()
     z = torch.matmul(rotation.T, centred.transpose(1, 2))
