@@ -11,7 +11,8 @@ import hashlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,7 @@ class ArrayReader:
                 if place is not None:
                     place[...] = row
             return
-        for shard in range(start // self._shard, (stop - 1) // self._shard + 1):
-            base, name = shard * self._shard, self._name(shard)
-            first, last = max(start, base), min(stop, base + self._shard)
+        for name, base, first, last in self._parts(start, stop):
             size = self._check(name)
             self._prove(name)
             try:
@@ -242,6 +241,25 @@ class ArrayReader:
                                 place[...] = block[number - base - row]
             except Exception as error:
                 raise self._undecodable(start, stop, error) from error
+
+    def expect_rows(self, start: int, stop: int) -> None:
+        """Have the system fetch rows ``[start, stop)``, which :meth:`copy_rows` will read soon, without waiting for them.
+
+        Else the disk rests while a thread decodes, and the thread while the disk reads. What is wrong with them is for
+        :meth:`copy_rows` to say.
+        """
+        if self._layout is None or self._shard is None:
+            return
+        for name, base, first, last in self._parts(start, stop):
+            chunks = range((first - base) // self._layout.chunk, (last - 1 - base) // self._layout.chunk + 1)
+            with suppress(OSError, ValueError), open(self._folder / name, "rb", buffering=0) as file:
+                self._layout.expect(file.fileno(), os.fstat(file.fileno()).st_size, chunks)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
+        """Shards of rows ``[start, stop)``: object, its first row, and the rows of it that are meant."""
+        size = self._shard or max(1, self._array.shape[0])
+        for shard in range(start // size, (stop - 1) // size + 1):
+            yield self._name(shard), shard * size, max(start, shard * size), min(stop, (shard + 1) * size)
 
     def _name(self, shard: int) -> str:
         return ".".join(["c", str(shard), *["0"] * (self._array.ndim - 1)])

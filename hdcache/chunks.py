@@ -73,18 +73,23 @@ class ShardLayout:
         ValueError
             where a checksum or a length is wrong.
         """
+        for number, (offset, length) in zip(chunks, self._places(file, size, chunks), strict=True):
+            yield number * self.chunk, self._decode(_checked(os.pread(file, length, offset), length))
+
+    def expect(self, file: int, size: int, chunks: Sequence[int]) -> None:
+        """Have the system fetch what :meth:`read` will, without waiting for it; errors are those of :meth:`read`."""
+        if hasattr(os, "posix_fadvise"):
+            for offset, length in self._places(file, size, chunks):
+                os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _places(self, file: int, size: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
+        """Offset and length of each chunk, inside of the shard."""
         index = self._index(file, size)
         for number in chunks:
             offset, length = index[number]
             if length <= 4 or offset + length > size:
                 raise ValueError(f"the index places chunk {number} outside of the shard")
-        if hasattr(os, "posix_fadvise") and len(chunks) > 1:
-            # Else the disk works on one chunk while nothing is decoded, then rests while one is.
-            first, last = (index[chunks[place]] for place in (0, -1))
-            os.posix_fadvise(file, first[0], max(0, sum(last) - first[0]), os.POSIX_FADV_WILLNEED)
-        for number in chunks:
-            offset, length = index[number]
-            yield number * self.chunk, self._decode(_checked(os.pread(file, length, offset), length))
+        return [(index[number][0], index[number][1]) for number in chunks]
 
     def _index(self, file: int, size: int) -> Sequence[Sequence[int]]:
         length = 16 * self.count + 4

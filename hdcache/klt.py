@@ -124,12 +124,13 @@ def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Seq
     noise of up to 0.2 % of the spread: next to nothing where steps make an error of :data:`COARSE` or more.
     """
     centred = (patches.float() - mean).to(rotation.dtype)
+    z = torch.mm(centred.flatten(0, 1), rotation).view(*centred.shape[:2], -1).transpose(1, 2)
     if len(back) == 1:
-        tokens = torch.mm(centred.flatten(0, 1), rotation).view(*centred.shape[:2], -1)
         # The product itself turns tokens into columns.
-        return torch.bmm(tokens.transpose(1, 2), back[0].expand(len(tokens), -1, -1)).float()
-    z = torch.matmul(rotation.T, centred.transpose(1, 2))
-    return (over_grid(z, [matrix.T for matrix in back]) if back else z).float()
+        z = torch.bmm(z, back[0].expand(len(z), -1, -1))
+    elif back:
+        z = over_grid(z, [matrix.T for matrix in back])
+    return z.float()
 
 
 def rounded(z: Tensor, dead_zone: float) -> Tensor:

@@ -160,6 +160,10 @@ class TeacherReader:
         """
         self._array(view, *key.split("/")).copy_rows(start, stop, into)
 
+    def expect_rows(self, view: int, key: str, start: int, stop: int) -> None:
+        """Have the system fetch what :meth:`copy_rows` will read soon."""
+        self._array(view, *key.split("/")).expect_rows(start, stop)
+
     def packed_masks(self, view: int, start: int, stop: int) -> NDArray[np.uint8]:
         """Packed masks of rows ``[start, stop)`` of a masked teacher; :meth:`unpacked` reads them."""
         return self._array(view, *MASK_ARRAY.split("/")).rows(start, stop).astype(np.uint8, copy=False)

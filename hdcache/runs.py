@@ -60,12 +60,15 @@ class Runs:
         self._requested = 0
 
     def request(self, pool: ThreadPoolExecutor, until: int) -> None:
-        """Start reading what the batches before number ``until`` need."""
+        """Start reading what the batches before number ``until`` need, once the system has been told all of it."""
+        new: dict[int, None] = {}
         while self._requested < min(until, len(self._needs)):
-            for run in self._needs[self._requested]:
-                if run not in self._futures:
-                    self._futures[run] = pool.submit(self._read, run)
+            new |= {run: None for run in self._needs[self._requested] if run not in self._futures}
             self._requested += 1
+        for run in new:
+            pool.submit(self._expect, run)
+        for run in new:
+            self._futures[run] = pool.submit(self._read, run)
 
     def gather(self, number: int) -> dict[str, dict[str, Tensor]]:
         """Stored arrays of batch ``number``, by teacher, once all of its rows are there; forgets runs that no later batch needs."""
@@ -80,7 +83,7 @@ class Runs:
 
     def _read(self, run: int) -> None:
         with self._stages.of("read"):
-            start, stop = run * RUN_ROWS, min((run + 1) * RUN_ROWS, self._count)
+            start, stop = self._rows(run)
             numbers, places = self._batch[start:stop].tolist(), self._place[start:stop].tolist()
             buffers = {number: self._buffer(number).arrays for number in set(numbers) - {-1}}
             for target in self._stored:
@@ -91,6 +94,14 @@ class Runs:
                         for number, place in zip(numbers, places, strict=True)
                     ],
                 )  # fmt: skip
+
+    def _expect(self, run: int) -> None:
+        with self._stages.of("read"):
+            for target in self._stored:
+                target.expect(self._view, *self._rows(run))
+
+    def _rows(self, run: int) -> tuple[int, int]:
+        return run * RUN_ROWS, min((run + 1) * RUN_ROWS, self._count)
 
     def _buffer(self, number: int) -> _Buffer:
         with self._lock:

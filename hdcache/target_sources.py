@@ -83,6 +83,11 @@ class StoredTargets:
             places = [None if wanted is None else wanted[0][key][wanted[1]] for wanted in into]
             self.reader.copy_rows(view, key, start, stop, places)
 
+    def expect(self, view: int, start: int, stop: int) -> None:
+        """Have the system fetch rows ``[start, stop)``, which :meth:`read` will want soon."""
+        for key in self.arrays:
+            self.reader.expect_rows(view, key, start, stop)
+
     def visible(self, arrays: Mapping[str, Tensor]) -> NDArray[np.int64] | None:
         """Ascending indices int64 [R, M] of the patch tokens that the teacher saw; None: all."""
         return self.reader.unpacked(arrays[MASK_ARRAY].numpy()) if self.masked else None

@@ -588,3 +588,24 @@ def test_a_forked_child_is_told_instead_of_hanging(written: Written) -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_rows_that_are_expected_may_be_missing_until_they_are_read(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with them is said once, by the read."""
+    asked: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, length, advice: asked.append(length))
+    reader = written.reader()
+    reader.expect_rows(3, 11)
+    assert len(asked) == 3, "rows 3 to 7 of the first shard are in two chunks, 8 to 10 of the second in one"
+    written.files[1].write_bytes(b"short")
+    written.files[2].unlink()
+    reader.expect_rows(8, 20)
+    assert len(asked) == 3
+    into: list[Any] = [np.empty(written.row, written.dtype)] * 4
+    with pytest.raises(StoreCorrupt, match="5 bytes, expected"):
+        reader.copy_rows(8, 12, into)
+    with pytest.raises(StoreCorrupt, match="missing"):
+        reader.copy_rows(16, 20, into)
+    for pipeline in PIPELINES:
+        written.reader(pipeline).expect_rows(0, 8)  # zarr reads as it does
+    assert len(asked) == 3

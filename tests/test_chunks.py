@@ -197,3 +197,23 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
         os.truncate(tmp_path / "shard", size - 8)
         with pytest.raises(ValueError, match="the file ends early"):
             list(layout_of(metadata).read(file, size, [0]))
+
+
+def test_chunks_that_are_expected_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of their bytes, and no other chunk's; a damaged index is refused, as when they are read."""
+    metadata, _, shards = made("uint8", codec=True)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, length, advice: asked.append((offset, length)))
+    layout = layout_of(metadata)
+    with opened(tmp_path, shards[0]) as file:
+        layout.expect(*file, [0, 1])
+        index = np.frombuffer(shards[0][-16 * 2 - 4 : -4], "<u8").reshape(-1, 2)
+        assert asked == [tuple(place) for place in index.tolist()]
+    with opened(tmp_path, flipped(shards[0], -6)) as file, pytest.raises(ValueError, match="checksum"):
+        layout.expect(*file, [0])
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    changed = bytearray(data)
+    changed[place] ^= 1
+    return bytes(changed)

@@ -23,6 +23,10 @@ class Counting:
 
     def __init__(self) -> None:
         self.read_runs: list[tuple[int, int]] = []
+        self.expected_runs: list[tuple[int, int]] = []
+
+    def expect(self, view: int, start: int, stop: int) -> None:
+        self.expected_runs.append((start, stop))
 
     def read(self, view: int, start: int, stop: int, into: Any) -> None:
         self.read_runs.append((start, stop))
@@ -59,6 +63,8 @@ def test_batches_have_their_rows_and_each_run_is_read_once(
             assert found[:, 0].tolist() == (rows + 2000).tolist()
     wanted = sorted({int(row) // RUN_ROWS for rows in shares for row in rows})
     assert sorted(source.read_runs) == [(run * RUN_ROWS, min(count, (run + 1) * RUN_ROWS)) for run in wanted]
+    assert source.expected_runs == source.read_runs or threads > 1
+    assert sorted(source.expected_runs) == sorted(source.read_runs)
     assert not runs._futures
     assert not runs._uses
     assert not runs._buffers
