@@ -32,16 +32,15 @@ import torch
 from PIL import Image
 
 from hdcache import draws
-from hdcache.arrays import ShardWriter
 from hdcache.datasets import open_dataset
 from hdcache.durable import durable_write
-from hdcache.encodings import codec_of, request
+from hdcache.encodings import request
 from hdcache.extract.calibrate import calibrate, write_record
 from hdcache.extract.lanes import Lanes, lanes_for
 from hdcache.extract.opening import open_or_create
 from hdcache.extract.pipeline import Pipeline
 from hdcache.extract.rows import decode_row, shard_rows
-from hdcache.extract.writer import ViewWriter
+from hdcache.extract.writer import ViewWriter, tap_writer
 from hdcache.resources import available_cores
 from hdcache.samples import open_sample
 from hdcache.shards import chunk_rows
@@ -187,11 +186,9 @@ class Bench:
         }
         found |= {"copy to the host": self.best(copy, rows), "encode": self.best(encode, rows)}
         shards = {
-            f"{tap}/{name}": ShardWriter(
-                rows, array, chunk_rows(rows), rows, codec=codec_of(card, name), attributes={}
-            )
+            f"{tap}/{name}": tap_writer(card, name, rows, chunk_rows(rows), rows)
             for tap, card in ((tap, encoder.card) for tap, encoder in encoders.items())
-            for name, array in card.arrays.items()
+            for name in card.arrays
         }  # fmt: skip
         made: dict[str, bytes] = {}
 

@@ -39,6 +39,8 @@ from hdcache.store import Store
 from hdcache.target_sources import open_targets
 
 BATCH, BUFFER = 64, 1024
+MAPPED = 0.2
+"""Share of looked-at pages that stay in the page cache from which on a contender must be closed for them to go."""
 LIMIT_S = 10.0
 """An epoch that takes longer is cut: its rate is of the rows so far."""
 
@@ -248,8 +250,9 @@ def main() -> None:
             one.warm.append(timed(one, number, len(rows)))
     for number in range(settings.cold_rounds):
         for one in (one for one in contenders if one.cold):
-            # Data sets stay open and workers stay up, but for those that map their files: their pages would stay too.
-            if drop_cache(one.files()):
+            # Data sets stay open and workers stay up, but for those that map their files: their pages would stay too. A look at
+            # a page may itself bring it back, so that a few prove nothing.
+            if drop_cache(one.files()) > MAPPED:
                 one.close()
                 gc.collect()
             one.still = max(one.still, drop_cache(one.files()))

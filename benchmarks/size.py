@@ -30,9 +30,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hdcache import draws
-from hdcache.arrays import ShardWriter
 from hdcache.datasets import open_dataset
-from hdcache.encodings import Encoder, codec_of, fit, request
+from hdcache.encodings import Encoder, fit, request
+from hdcache.extract.writer import tap_writer
 from hdcache.progress import Progress
 from hdcache.relations import relation_kl
 from hdcache.resources import available_cores
@@ -53,10 +53,8 @@ class Line:
     def __init__(self, tap: str, encoder: Encoder, rows: int) -> None:
         self.tap, self.encoder, self.card = tap, encoder, encoder.card
         self.writers = {
-            name: ShardWriter(
-                rows, array, chunk_rows(SHARD), SHARD, codec=codec_of(self.card, name), attributes={}
-            )
-            for name, array in self.card.arrays.items()
+            name: tap_writer(self.card, name, rows, chunk_rows(SHARD), SHARD)
+            for name in self.card.arrays
         }  # fmt: skip
         self.bytes = self.patch_bytes = 0
         self.error = 0.0
@@ -235,7 +233,11 @@ def main() -> None:
             Tokens(value.prefix[rows], value.patches[rows]) for rows in (slice(0, apart), slice(apart, None))
         )
         lines += [
-            Line(tap, fit(request(tap, kind, fidelity), first, held, card.grid), settings.images)
+            Line(
+                tap,
+                fit(request(tap, kind, fidelity), first, held, card.grid, precision=card.precision),
+                settings.images,
+            )
             for kind, fidelity in ENCODINGS
         ]
     sums = {tap: torch.zeros(known[tap].patches.shape[-1], dtype=torch.float64) for tap in settings.tap}

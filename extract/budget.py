@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def fit_within_budget(
     requests: Sequence[TapRequest],
     known: Mapping[str, tuple[Tokens | Tensor, Tokens | Tensor]],
     grid: tuple[int, ...] | None,
-    precision: str = "fp32",
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> dict[str, Encoder]:
     """Encoders of all taps whose rows fit into the requests' ``row_budget``; ``known`` has calibration and held-out rows.
 
@@ -92,7 +93,7 @@ def fit_within_budget(
     fixed = {entry.tap: fit(entry, *known[entry.tap], grid) for entry in requests if entry.row_budget is None}
     taken = sum(encoder.card.bytes_per_row for encoder in fixed.values())
     asked = {entry.tap: entry for entry in requests if entry.row_budget is not None}
-    curves = {tap: _curve(entry, *known[tap], grid) for tap, entry in asked.items()}
+    curves = {tap: _curve(entry, *known[tap], grid, precision) for tap, entry in asked.items()}
     chosen = _spread(curves, SAFETY * budget - taken)
     if chosen is None:
         least = (taken + sum(points[0].bytes for points in curves.values())) / SAFETY
@@ -118,14 +119,15 @@ def _too_small(budget: int, taps: Iterable[str], least: float) -> UsageError:
 
 
 def _curve(
-    asked: TapRequest, first: Tokens | Tensor, held: Tokens | Tensor, grid: tuple[int, ...] | None
-) -> list[Point]:
+    asked: TapRequest, first: Tokens | Tensor, held: Tokens | Tensor, grid: tuple[int, ...] | None,
+    precision: Literal["fp32", "bf16"],
+) -> list[Point]:  # fmt: skip
     """Codes of falling error, each with fewer error for more bytes than the one before."""
     found: list[Point] = []
     first, held = _few(first), _few(held)
     prepared = prepare(first.patches, grid) if isinstance(first, Tokens) else None
     for fidelity in FIDELITIES:
-        card = fit(asked.model_copy(update={"fidelity": fidelity}), first, held, grid, prepared).card
+        card = fit(asked.model_copy(update={"fidelity": fidelity}), first, held, grid, prepared, precision).card
         point = Point(fidelity, card.bytes_per_row, card.certificate.relative_rmse**2)
         if not found or (point.error < found[-1].error and point.bytes > found[-1].bytes):
             found.append(point)

@@ -31,12 +31,14 @@ MIN_ROWS, MAX_ROWS, HELDOUT_ROWS, RELATION_ROWS = 128, 512, 64, 16
 
 
 def calibrate(
-    store: Store, dataset: Dataset, teacher: Teacher, requests: Sequence[TapRequest], *, threads: int, source: str
-) -> tuple[TeacherRecord, dict[str, Encoder]]:
+    store: Store, dataset: Dataset, teacher: Teacher, requests: Sequence[TapRequest], *, threads: int, source: str,
+    settled: TeacherRecord | None = None,
+) -> tuple[TeacherRecord, dict[str, Encoder]]:  # fmt: skip
     """Run the teacher over a few rows of view 0, fit each tap's encoding and measure it on rows held out.
 
     The rows are the first readable ones in the view's own (random) order, so the result is a function of the
-    store, the teacher and the requests alone. Nothing is written.
+    store, the teacher and the requests alone. Nothing is written. What ``settled`` chose, fidelities within a budget and
+    where a DCT pays, is not chosen again: the same constants follow whatever an earlier version of this code thought smaller.
 
     Raises
     ------
@@ -61,13 +63,19 @@ def calibrate(
     values = {tap: _cut(features[tap], finite) for tap in taps}
     first, last = slice(0, count - held if count > 1 else 1), slice(count - held, count)
     known = {tap: (_cut(value, first), _cut(value, last)) for tap, value in values.items()}
-    if any(request.row_budget is not None for request in requests):
-        fitted = fit_within_budget(requests, known, grid, teacher.card.precision)
-    else:
+    precision = teacher.card.precision
+    if settled is not None:
         fitted = {
-            request.tap: fit(request, *known[request.tap], grid, precision=teacher.card.precision)
+            request.tap: fit(
+                request.model_copy(update={"fidelity": settled.taps[request.tap].fidelity, "row_budget": None}),
+                *known[request.tap], settled.taps[request.tap].grid, precision=precision, settled=True,
+            )
             for request in requests
-        }
+        }  # fmt: skip
+    elif any(request.row_budget is not None for request in requests):
+        fitted = fit_within_budget(requests, known, grid, precision)
+    else:
+        fitted = {request.tap: fit(request, *known[request.tap], grid, precision=precision) for request in requests}
     few = slice(max(0, count - min(held, RELATION_ROWS)), count)
     with teacher.within_memory():
         encoders = {tap: _with_relation_error(fitted[tap], teacher, _cut(values[tap], few)) for tap in taps}
@@ -142,7 +150,7 @@ def repair_constants(
     values |= {f"weights/{name}": value for name, value in teacher.weights_for(list(record.taps))[0].items()}
     constants = {f"encodings/{tap}/{name}" for tap, card in record.taps.items() for name in card.constants}
     if any(key.rpartition("/")[0] in constants for key in damaged):
-        _, encoders = calibrate(store, dataset, teacher, record.requests, threads=threads, source="")
+        _, encoders = calibrate(store, dataset, teacher, record.requests, threads=threads, source="", settled=record)
         values |= {
             f"encodings/{tap}/{name}": value
             for tap, encoder in encoders.items()

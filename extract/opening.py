@@ -19,7 +19,7 @@ from hdcache.reader import TeacherReader
 from hdcache.records import differences
 from hdcache.rendering import input_shape
 from hdcache.schema import MaskSpec, StoreCard, TapRequest, TeacherRecord, ViewSpec
-from hdcache.shards import chunk_rows
+from hdcache.shards import CHUNK_ROWS, LEAST_ROWS, chunk_rows
 from hdcache.shrinking import parse_pixels, shrunk
 from hdcache.store import ROOT_LOCK, Store
 from hdcache.tap_requests import request_all
@@ -192,13 +192,16 @@ def decoders(kind: str) -> list[str]:
 
 
 def shard_size(count: int, wanted: int, pixels: int = 1) -> int:
-    """Rows per shard: whole chunks of 8, and for a small data set so few that it still gets several shards.
+    """Rows per shard: whole chunks of 32 (8 where they are fewer), and for a small data set so few that it still gets several shards.
 
     Fewer too where rows of ``pixels`` bytes are so large that a shard of them would need more than :data:`SHARD_PIXELS`.
     """
     if wanted < 1:
         raise UsageError(f"rows_per_shard {wanted} must be at least 1")
-    return wanted if wanted < 8 else max(8, min(wanted, -(-count // 8), SHARD_PIXELS // pixels) // 8 * 8)
+    if wanted < LEAST_ROWS:
+        return wanted
+    rows = max(LEAST_ROWS, min(wanted, -(-count // 8), SHARD_PIXELS // pixels))
+    return rows - rows % (CHUNK_ROWS if rows >= CHUNK_ROWS else LEAST_ROWS)
 
 
 def dataset_differences(dataset: Dataset, store: Store) -> list[str]:

@@ -6,6 +6,7 @@ a few hundred rows -> the same pipeline into a scratch folder on the same disk -
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,12 +20,13 @@ from hdcache.encodings import fit, request
 from hdcache.errors import UsageError
 from hdcache.extract.calibrate import features_of, pixels_of, token_grid, write_record
 from hdcache.extract.lanes import lanes_for
-from hdcache.extract.opening import open_or_calibrate, open_or_create, pixel_bytes
+from hdcache.extract.opening import open_or_calibrate
 from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.writer import ViewWriter
 from hdcache.klt import prepare
 from hdcache.reader import TeacherReader
-from hdcache.schema import TapRequest, TeacherRecord, ViewSpec
+from hdcache.schema import StoreCard, TapRequest, TeacherRecord, ViewSpec
+from hdcache.shards import chunk_rows
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher
@@ -85,8 +87,14 @@ def try_out(
     UsageError
         when there are too few rows to time, or one shard does not fit into memory.
     """
-    of_probe = max(1, min(rows_per_shard, len(sample.ids) // PROBE_SHARDS))
-    _, store = open_or_create(sample, folder, views, 0, of_probe, lambda _: pixel_bytes(teacher))
+    of_probe = probe_shard(len(sample.ids), rows_per_shard, teacher.batch)
+    card = StoreCard(
+        dataset=sample.card,
+        views=views,
+        rows_per_shard=of_probe,
+        rows_per_chunk=chunk_rows(math.gcd(of_probe, rows_per_shard)),
+    )
+    store = Store.create(folder, card, sample.ids, sample.labels)
     began = time.perf_counter()
     record, encoders = open_or_calibrate(store, sample, teacher, requests, None, threads=threads, source="")
     record = write_record(store, teacher, record, encoders)
@@ -99,14 +107,25 @@ def try_out(
     pipeline.run(writer, writer.todo(), lambda rows, _: marks.append((time.perf_counter(), rows)))
     writer.seal()
     return Trial(
-        record, calibration, _rates(marks), sum(rows for _, rows in marks), pipeline.timing,
+        record, calibration, _rates(marks, filled(rows_per_shard, teacher.batch) / filled(of_probe, teacher.batch)), sum(rows for _, rows in marks), pipeline.timing,
         _read_seconds(store, record), _others(store, sample, teacher, requests, threads),
     )  # fmt: skip
 
 
-def _rates(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """Slowest and fastest rows/s of the shards after the first, at least 10 % from their mean."""
-    times = [now - before for (before, _), (now, _) in itertools.pairwise(marks)]
+def probe_shard(count: int, rows_per_shard: int, batch: int) -> int:
+    """Rows of a probe's shards: whole batches, in :data:`PROBE_SHARDS` shards or some more; at most ``rows_per_shard``."""
+    rows = max(1, min(rows_per_shard, count // PROBE_SHARDS))
+    return rows if rows == rows_per_shard or rows < batch else rows - rows % batch
+
+
+def filled(shard: int, batch: int) -> float:
+    """Share of the rows that a teacher computes for a shard which are the shard's: the last batch is filled up."""
+    return shard / (-(-shard // batch) * batch)
+
+
+def _rates(marks: Sequence[tuple[float, int]], scale: float = 1.0) -> tuple[float, float]:
+    """Slowest and fastest rows/s of the shards after the first, at least 10 % from their mean; times ``scale``."""
+    times = [(now - before) / scale for (before, _), (now, _) in itertools.pairwise(marks)]
     rates = [rows / max(seconds, 1e-9) for seconds, (_, rows) in zip(times, marks[1:], strict=True)]
     if not rates:
         raise UsageError("too few samples to plan for: they are extracted sooner than measured; run 'hdcache extract'")
@@ -143,7 +162,7 @@ def _others(
         prepared = prepare(first.patches, grid)
         for encoding, fidelity in OTHERS:
             if (encoding, fidelity) != asked[tap]:
-                card = fit(request(tap, encoding, fidelity), first, held, grid, prepared).card
+                card = fit(request(tap, encoding, fidelity), first, held, grid, prepared, teacher.card.precision).card
                 found.setdefault(tap, {})[named(encoding, fidelity)] = card.bytes_per_row
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,10 @@ from hdcache.encodings import Encoder, codec_of
 from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
 from hdcache.plain_encodings import Parts
-from hdcache.reader import MASK_ARRAY, mask_array, read_shard_geometry
+from hdcache.reader import MASK_ARRAY, mask_array, read_shard_geometry, row_bytes
 from hdcache.resources import available_cores
-from hdcache.schema import ITEM_BYTES, ArrayCard, Receipt, StoredObject, TeacherRecord
-from hdcache.shards import Codec, Map, chunk_rows
+from hdcache.schema import ArrayCard, Receipt, StoredObject, TapCard, TeacherRecord
+from hdcache.shards import Codec, Map, rows_together
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
 from hdcache.views import Box
 
@@ -83,6 +82,14 @@ class Row:
         return numbers + [0] * (columns - len(numbers))
 
 
+def tap_writer(card: TapCard, name: str, rows: int, chunk: int, shard: int) -> ShardWriter:
+    """Encodes the shards of array ``name`` of a tap of ``rows`` rows, in a store of so many rows a chunk and a shard."""
+    array, codec = card.arrays[name], codec_of(card, name)
+    about = {"hdcache": {"tap": card.tap, "array": name, "encoding": card.encoding}}
+    together = rows_together(chunk, row_bytes(array), codec)
+    return ShardWriter(rows, array, together, shard, codec=codec, attributes=about)
+
+
 class ViewWriter:
     """Writes one teacher's rows of one view, and the view's geometry where no teacher has before."""
 
@@ -98,17 +105,8 @@ class ViewWriter:
         chunk, shard = card.rows_per_chunk, card.rows_per_shard
         self._writers: dict[str, ShardWriter] = {}
         for tap, encoder in encoders.items():
-            for name, array in encoder.card.arrays.items():
-                about = {"hdcache": {"tap": tap, "array": name, "encoding": encoder.card.encoding}}
-                row_bytes = math.prod(array.shape) * ITEM_BYTES[array.dtype]
-                self._writers[f"{tap}/{name}"] = ShardWriter(
-                    self.rows,
-                    array,
-                    chunk_rows(chunk, row_bytes),
-                    shard,
-                    codec=codec_of(encoder.card, name),
-                    attributes=about,
-                )
+            for name in encoder.card.arrays:
+                self._writers[f"{tap}/{name}"] = tap_writer(encoder.card, name, self.rows, chunk, shard)
         if record.card.mask is not None:
             # Which tokens a row's teacher saw belongs to the teacher: other teachers share the view without it.
             bits = {"tokens": record.card.tokens, "bits": "visible patch tokens, the first in the highest bit"}

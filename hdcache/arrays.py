@@ -252,8 +252,10 @@ class ArrayReader:
             return
         for name, base, first, last in self._parts(start, stop):
             chunks = range((first - base) // self._layout.chunk, (last - 1 - base) // self._layout.chunk + 1)
-            with suppress(OSError, ValueError), open(self._folder / name, "rb", buffering=0) as file:
-                self._layout.expect(file.fileno(), os.fstat(file.fileno()).st_size, chunks)
+            with suppress(StoreCorrupt, OSError, ValueError):
+                size = self._check(name)
+                with open(self._folder / name, "rb", buffering=0) as file:
+                    self._layout.expect(file.fileno(), size, chunks)
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
         """Shards of rows ``[start, stop)``: object, its first row, and the rows of it that are meant."""

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
@@ -28,6 +28,9 @@ _BLOSC_SIZE, _BLOSC_PACKED = slice(4, 8), slice(12, 16)
 """Where blosc's header says how many bytes come out, and how many it is made of."""
 
 
+_local = threading.local()
+
+
 @dataclass(frozen=True)
 class ShardLayout:
     """How the shards of one array are laid out."""
@@ -39,7 +42,6 @@ class ShardLayout:
     count: int
     """Chunks of a shard."""
     blosc: bool
-    _local: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> ShardLayout | None:
@@ -65,8 +67,8 @@ class ShardLayout:
     def read(self, file: int, size: int, chunks: Sequence[int]) -> Iterator[tuple[int, NDArray[np.generic]]]:
         """These chunks of a shard, by number: each one's first row, and all of its rows.
 
-        ``file`` is the descriptor of the shard's file, of ``size`` bytes. The memory of a chunk may be that of the one before,
-        and of every chunk that this thread reads of this array.
+        ``file`` is the descriptor of the shard's file, of ``size`` bytes. The memory of a chunk may be that of every other that this
+        thread reads, of any array.
 
         Raises
         ------
@@ -107,12 +109,18 @@ class ShardLayout:
         # The library trusts its header, and would read what lies behind a chunk that says it is longer.
         if data.size < _BLOSC_HEADER or _number(data, _BLOSC_PACKED) != data.size:
             raise ValueError("a chunk whose header names another length than its own")
-        if not hasattr(self._local, "block"):
-            self._local.block = np.empty(shape, self.dtype)
-        block: NDArray[np.generic] = self._local.block
+        block = _scratch(size).view(self.dtype).reshape(shape)
         # From any thread but the main one, this leaves Python's lock.
         blosc.decompress(data, block)
         return block
+
+
+def _scratch(size: int) -> NDArray[np.uint8]:
+    """So many bytes of this thread's own memory, which is as large as the largest chunk that it has read."""
+    if not hasattr(_local, "memory") or len(_local.memory) < size:
+        _local.memory = np.empty(size, np.uint8)
+    found: NDArray[np.uint8] = _local.memory[:size]
+    return found
 
 
 def _number(data: NDArray[np.uint8], place: slice) -> int:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ from hdcache.taps import Coded, Tokens
 
 DIGITS = 6
 """Of every measured number that a store records."""
-# Rows that are measured, and compressed, together.
-CODEC_ROWS = 8
+MEASURED_ROWS = 8
+"""Rows that are measured together; :data:`~hdcache.shards.CHUNK_ROWS` are compressed together, as a store does."""
 PASS_VALUES = 1 << 21
 """Values that a CPU encodes together: the passes over them are over memory that a cache holds."""
 
@@ -116,7 +116,7 @@ class Encoder:
         return {name: klt.folded(part, arrays[name].dtype) for name, part in parts.items() if name in arrays}
 
     def _components(self, patches: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
-        if self.card.arithmetic == "fp32":
+        if self.card.code_precision == "fp32":
             return klt.components(patches, constants, self.card.grid)
         half = self._on(patches.device, torch.bfloat16)
         return klt.coarse_components(patches, constants["mean"], half["rotation"], self._positions(half))
@@ -158,7 +158,8 @@ class Encoder:
                 if "basis" in on:
                     # Step and gain ride on the small basis, not on every code.
                     on["inverse"] = (on["basis"] * (on["step"] * on.get("gain", 1))).T
-                    on["rotation"] = on["basis"] / on["step"]
+                    if self.card.code_precision == "bf16" and dtype == torch.bfloat16:
+                        on["rotation"] = on["basis"] / on["step"]
                     back = positions(self.card.grid or ())
                     on |= {f"positions{axis}": matrix.to(device) for axis, matrix in enumerate(back)}
                 self._held[device, dtype] = {name: value.to(dtype) for name, value in on.items()}
@@ -176,14 +177,16 @@ def fit(
     heldout: Tokens | Tensor,
     grid: tuple[int, ...] | None = None,
     prepared: klt.Prepared | None = None,
-    precision: str = "fp32",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    *,
+    settled: bool = False,
 ) -> Encoder:
     """Choose the encoding's constants on ``calibration`` rows and measure its error on ``heldout`` rows.
 
     Both are float32 rows of the tap, [R, ...]; at least one row each. ``grid`` is how a row's patch tokens lie (temporal
     slots, rows, columns), where all of them are there. The result depends on nothing else: ``prepared`` is what
     :func:`hdcache.klt.prepare` makes of ``calibration``, for several fits of the same rows. ``precision`` is what the rows
-    were computed in, fp32 or bf16: coarse klt codes are made in the same.
+    were computed in: coarse klt codes are made in the same. ``settled``: ``grid`` is what an earlier fit of these rows chose.
     """
     kind, found = asked.encoding, None
     if isinstance(calibration, Tensor):
@@ -198,7 +201,9 @@ def fit(
         tokens, channels = int(calibration.patches.shape[1]), int(calibration.patches.shape[2])
         shape = (tokens, channels, int(calibration.prefix.shape[1]))
         if kind == "klt":
-            found = klt.fit_klt(asked.tap, calibration.patches, asked.fidelity or DEFAULT_FIDELITY, grid, prepared)
+            found = klt.fit_klt(
+                asked.tap, calibration.patches, asked.fidelity or DEFAULT_FIDELITY, grid, prepared, settled=settled
+            )
             arrays, constants = _klt_arrays(found, tokens), dict(found.constants)
         else:
             arrays, constants = _fit_tokens(kind, calibration.patches, tokens, channels)
@@ -227,7 +232,7 @@ def fit(
         dead_zone=klt.DEAD_ZONE if found else 0.0,
         block_bytes=klt.BLOCK_BYTES if any(compresses(a.dtype, name) for name, a in arrays.items()) else 0,
         typesize=2 if found and found.typesize else 0,
-        arithmetic="bf16"
+        code_precision="bf16"
         if found and precision == "bf16" and (asked.fidelity or DEFAULT_FIDELITY) >= klt.COARSE
         else "fp32",
         certificate=blank,
@@ -278,14 +283,15 @@ def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | in
     soft = encoder.card.encoding == "topk"
     vectors = probabilities if soft else _vectors
     whole = heldout if isinstance(heldout, Tensor) else heldout.patches
-    runs = [slice(start, start + CODEC_ROWS) for start in range(0, len(whole), CODEC_ROWS)]
+    runs = [slice(start, start + MEASURED_ROWS) for start in range(0, len(whole), MEASURED_ROWS)]
     total = torch.zeros(whole.shape[-1], dtype=torch.float64)
     for run in runs:
         total += vectors(whole[run]).sum(dim=0)
     mean = total * whole.shape[-1] / max(1, whole.numel())
     spread = error = kl = 0.0
-    saturated = stored = 0
+    saturated = 0
     cosines = []
+    kept: dict[str, list[NDArray[np.generic]]] = {name: [] for name in encoder.card.arrays if name != "prefix"}
     for run in runs:
         part = heldout[run] if isinstance(heldout, Tensor) else Tokens(heldout.prefix[run], heldout.patches[run])
         codes, clipped = encoder.encode(part)
@@ -295,11 +301,13 @@ def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | in
         error += float(((exact - copy) ** 2).sum())
         kl += float(divergence(exact, copy).sum()) if soft else 0.0
         saturated += clipped
-        stored += sum(_compressed(encoder.card, name, value) for name, value in codes.items() if name != "prefix")
+        for name, found in kept.items():
+            found.append(codes[name])
         lengths = exact.norm(dim=-1)
         cosine = (exact * copy).sum(-1) / (lengths * copy.norm(dim=-1)).clamp_min(1e-300)
         cosines.append(cosine[lengths > 0])
     cosine = torch.cat(cosines)
+    stored = sum(_compressed(encoder.card, name, np.concatenate(found)) for name, found in kept.items())
     return {
         "relative_rmse": math.sqrt(error / spread) if spread > 0 else float(error > 0),
         "cosine_mean": float(cosine.mean()) if len(cosine) else 1.0,
@@ -315,7 +323,7 @@ def _vectors(value: Tensor) -> Tensor:
 
 def _compressed(card: TapCard, name: str, value: NDArray[np.generic]) -> int:
     codec = codec_of(card, name)
-    return value.nbytes if codec is None else len(klt.compressed(value, *codec))
+    return value.nbytes if codec is None else sum(len(klt.compressed(run, *codec)) for run in klt.chunks(value))
 
 
 def codec_of(card: TapCard, name: str) -> Codec | None:

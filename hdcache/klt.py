@@ -116,6 +116,15 @@ def components(patches: Tensor, constants: Mapping[str, Tensor], grid: tuple[int
     return z if grid is None else over_grid(z, [dct_matrix(n).to(z.device) for n in grid])
 
 
+@lru_cache(maxsize=1)
+def multiplies_bf16() -> bool:
+    """Whether torch has products of bfloat16 that are made for this CPU."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # torch without that library, as on some other architectures
+        return False
+
+
 def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Sequence[Tensor]) -> Tensor:
     """As :func:`components`, by products of bfloat16: several times as fast where the hardware has them.
 
@@ -124,7 +133,11 @@ def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Seq
     noise of up to 0.2 % of the spread: next to nothing where steps make an error of :data:`COARSE` or more.
     """
     centred = (patches.float() - mean).to(rotation.dtype)
-    z = torch.mm(centred.flatten(0, 1), rotation).view(*centred.shape[:2], -1).transpose(1, 2)
+    if patches.device.type == "cpu" and not multiplies_bf16():
+        # Without such hardware torch takes fifty times as long over them as over those of single precision, which of the same
+        # factors are the same but for the order of sums and the rounding of what comes out.
+        centred, rotation, back = centred.float(), rotation.float(), [matrix.float() for matrix in back]
+    z = torch.mm(centred.flatten(0, 1), rotation).view(*centred.shape[:2], rotation.shape[1]).transpose(1, 2)
     if len(back) == 1:
         # The product itself turns tokens into columns.
         z = torch.bmm(z, back[0].expand(len(z), -1, -1))
@@ -194,13 +207,14 @@ def prepare(patches: Tensor, grid: tuple[int, ...] | None) -> Prepared:
 
 
 def fit_klt(
-    tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | None, prepared: Prepared | None = None
-) -> Fitted:
+    tap: str, patches: Tensor, fidelity: float, grid: tuple[int, ...] | None, prepared: Prepared | None = None,
+    *, settled: bool = False,
+) -> Fitted:  # fmt: skip
     """Choose basis, step and gain for patch tokens float32 [R, N, D], so that rows not seen have error ``fidelity``.
 
     The basis is of the first four fifths of the rows, step and gain of the last fifth: on its own rows a basis looks
     better than it is (so they are where these are few). With ``grid`` (its product is N) a DCT over it is used where its codes are
-    smaller. ``prepared`` is what :func:`prepare` made of the same rows, for fits of several fidelities.
+    smaller, or, where that is ``settled``, in any case. ``prepared`` is what :func:`prepare` made of the same rows, for fits of several fidelities.
 
     Raises
     ------
@@ -211,7 +225,7 @@ def fit_klt(
     ready = prepare(patches, grid) if prepared is None else prepared
     basis = ready.constants
     best: tuple[int, int, tuple[int, ...] | None, float, Tensor, int] | None = None
-    for candidate, z in ready.samples:
+    for candidate, z in ready.samples[-1:] if settled else ready.samples:
         step, gain, kept = _search(z, fidelity) if ready.varies else (1.0, torch.ones(channels), channels)
         found, typesize = _size(rounded(z[:, :kept] / step, DEAD_ZONE))
         if best is None or found < PAYS * best[0]:

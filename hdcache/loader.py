@@ -134,12 +134,14 @@ class Loader:
         stored = sum(target.reader.bytes_per_row(target.derivation.taps) for target in self.stored)
         images = sum(3 * (wanted.frames or 1) * wanted.size**2 for wanted in self.rendering.inputs if options.images)
         local = -(-options.batch_size // options.world)
+        chunks = [target.reader.chunk_bytes(target.derivation.taps) for target in self.stored]
+        scratch = max(READERS, options.threads) * max(chunks, default=0)
         budget = memory_budget()
         for prefetch in range(options.prefetch, 0, -1):
             # Runs are read one buffer ahead of the batch that needs them, and a run at the end of that one has rows of the
             # next; gathered batches wait beside them.
             rows = 3 * -(-max(options.buffer_rows, options.batch_size) // options.world) + prefetch * local
-            needed = stored * (rows + prefetch * local) + images * (prefetch + 1) * local
+            needed = stored * (rows + prefetch * local) + images * (prefetch + 1) * local + scratch
             if needed <= budget:
                 return prefetch, needed
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,7 +18,8 @@ from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageErro
 from hdcache.integrity import teacher_ledger, view_ledger
 from hdcache.masks import check_tubes, unpack_visible, visible_count
 from hdcache.records import check_key
-from hdcache.schema import ArrayCard, Manifest, StoredObject, TeacherCard, TeacherRecord
+from hdcache.schema import ITEM_BYTES, ArrayCard, Manifest, StoredObject, TeacherCard, TeacherRecord
+from hdcache.shards import Codec, rows_together
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view
 from hdcache.taps import Coded, Tokens, parse_tap
 
@@ -202,11 +204,22 @@ class TeacherReader:
         parts = {name: torch.from_numpy(value) for name, value in self.rows(view, tap, start, stop).items()}
         return self.decode(tap, parts)
 
+    def chunk_bytes(self, taps: Sequence[str]) -> int:
+        """Uncompressed bytes of the largest chunk of ``taps``, at most."""
+        together = self.store.card.rows_per_chunk
+        rows = [row_bytes(card) for tap in taps for card in self.record.taps[tap].arrays.values()]
+        return max((rows_together(together, each, Codec()) * each for each in rows), default=0)
+
     def bytes_per_row(self, taps: Sequence[str]) -> int:
         """Uncompressed bytes of one row of ``taps`` in a reader's buffer."""
         cards = [card for tap in taps for card in self.record.taps[tap].arrays.values()]
         masks = [mask_array(self.record.card)] if self.record.card.mask is not None else []
-        return sum(int(np.prod(card.shape)) * np.dtype(card.dtype).itemsize for card in cards + masks)
+        return sum(map(row_bytes, cards + masks))
+
+
+def row_bytes(card: ArrayCard) -> int:
+    """Uncompressed bytes of one row of an array."""
+    return math.prod(card.shape) * ITEM_BYTES[card.dtype]
 
 
 def sealed_geometry(store: Store) -> list[int]:

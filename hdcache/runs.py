@@ -18,6 +18,8 @@ from hdcache.target_sources import HostArrays, StoredTargets
 
 RUN_ROWS = CHUNK_ROWS
 """Rows that are read together."""
+EXPECTED = 16
+"""Runs that the system is asked for before one is read."""
 
 
 class _Buffer(NamedTuple):
@@ -60,14 +62,17 @@ class Runs:
         self._requested = 0
 
     def request(self, pool: ThreadPoolExecutor, until: int) -> None:
-        """Start reading what the batches before number ``until`` need, once the system has been told all of it."""
+        """Start reading what the batches before number ``until`` need."""
         new: dict[int, None] = {}
         while self._requested < min(until, len(self._needs)):
             new |= {run: None for run in self._needs[self._requested] if run not in self._futures}
             self._requested += 1
-        for run in new:
+        order = list(new)
+        for run in order[:EXPECTED]:
             pool.submit(self._expect, run)
-        for run in new:
+        for place, run in enumerate(order):
+            for following in order[place + EXPECTED : place + EXPECTED + 1]:
+                pool.submit(self._expect, following)
             self._futures[run] = pool.submit(self._read, run)
 
     def gather(self, number: int) -> dict[str, dict[str, Tensor]]:
@@ -96,9 +101,8 @@ class Runs:
                 )  # fmt: skip
 
     def _expect(self, run: int) -> None:
-        with self._stages.of("read"):
-            for target in self._stored:
-                target.expect(self._view, *self._rows(run))
+        for target in self._stored:
+            target.expect(self._view, *self._rows(run))
 
     def _rows(self, run: int) -> tuple[int, int]:
         return run * RUN_ROWS, min((run + 1) * RUN_ROWS, self._count)

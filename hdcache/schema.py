@@ -181,7 +181,7 @@ class Certificate(GrownRecord):
 class TapCard(GrownRecord):
     """One stored tap: its encoding, shapes and birth certificate."""
 
-    ADDED: ClassVar[frozenset[str]] = frozenset({"grid", "dead_zone", "block_bytes", "typesize", "arithmetic"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"grid", "dead_zone", "block_bytes", "typesize", "code_precision"})
 
     tap: str
     encoding: Literal["fp32", "fp16", "bf16", "int8", "klt", "sqrt8", "topk"]
@@ -202,7 +202,7 @@ class TapCard(GrownRecord):
     """Size of the codec's blocks; 0: its own choice."""
     typesize: Literal[0, 2] = 0
     """klt: 2 where the codec takes ``codes`` two bytes at a time; 0: one at a time."""
-    arithmetic: Literal["fp32", "bf16"] = "fp32"
+    code_precision: Literal["fp32", "bf16"] = "fp32"
     """klt: precision of the products that made the codes."""
     certificate: Certificate
 

@@ -19,8 +19,10 @@ LEVEL = 1
 """zstd's, as blosc counts. 5 takes five times as long for about 1 % fewer bytes of klt codes, up to 9 % where nearly all are 0."""
 CHUNK_ROWS = 32
 """Rows that are compressed and read together, at most: fewer at a time would cost Python's lock more than the codec."""
-_LEAST_ROWS, _CHUNK_BYTES = 8, 8 << 20
-"""Each thread that reads an array holds one chunk of it: so large, unless so few rows are larger."""
+LEAST_ROWS = 8
+"""Rows that are compressed together where those of a whole chunk would be larger than :data:`CHUNK_BYTES`."""
+CHUNK_BYTES = 8 << 20
+"""Each thread that reads holds one chunk."""
 EMPTY = 2**64 - 1
 """Offset and length, in an index, of a chunk behind the end of the array."""
 Piece = tuple[memoryview, bytes]
@@ -43,12 +45,19 @@ class Codec(NamedTuple):
         )
 
 
-def chunk_rows(shard: int, row_bytes: int = 0) -> int:
-    """Rows of a chunk in shards (or chunks) of ``shard`` rows: they divide it, and runs of :data:`CHUNK_ROWS`."""
-    rows = math.gcd(shard, CHUNK_ROWS) if shard >= _LEAST_ROWS else shard
-    while rows > _LEAST_ROWS and rows * row_bytes > _CHUNK_BYTES:
-        rows //= 2
-    return rows
+def chunk_rows(shard: int) -> int:
+    """Rows of the chunks of a store whose shards have ``shard``: they divide it, and (from 8 rows on) runs of :data:`CHUNK_ROWS`."""
+    return math.gcd(shard, CHUNK_ROWS) if shard >= LEAST_ROWS else shard
+
+
+def rows_together(chunk: int, row_bytes: int, codec: Codec | None) -> int:
+    """Rows of one array's chunks in a store whose chunks have ``chunk`` rows: fewer of long rows, and of those that no codec shrinks.
+
+    The last chunk of an array is filled up with zeros, which cost bytes where nothing compresses them.
+    """
+    while chunk > LEAST_ROWS and (codec is None or chunk * row_bytes > CHUNK_BYTES):
+        chunk //= 2
+    return chunk
 
 
 def shard_bytes(

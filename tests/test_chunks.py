@@ -25,15 +25,23 @@ from hdcache.schema import ArrayCard
 from hdcache.shards import Codec
 
 ROWS, SHARD, CHUNK = 20, 8, 4
-KINDS = [("uint8", True), ("int16", True), ("float16", False), ("int8", False), ("float32", False)]
+KINDS: list[tuple[str, bool | Codec]] = [
+    ("uint8", True),
+    ("uint8", Codec(0, 2)),
+    ("int16", True),
+    ("float16", False),
+    ("int8", False),
+    ("float32", False),
+]
 
 
-def made(dtype: str, codec: bool, row: tuple[int, ...] = (3, 5)) -> tuple[dict[str, Any], NDArray[Any], list[bytes]]:
+def made(
+    dtype: str, codec: bool | Codec, row: tuple[int, ...] = (3, 5)
+) -> tuple[dict[str, Any], NDArray[Any], list[bytes]]:
     """Metadata, values and shards of an array as stores have them; the last shard is short."""
     values = np.random.default_rng(0).integers(0, 100, (ROWS, *row)).astype(dtype)
-    writer = ShardWriter(
-        ROWS, ArrayCard(shape=row, dtype=dtype), CHUNK, SHARD, codec=Codec() if codec else None, attributes={}
-    )  # type: ignore[arg-type]
+    used = codec if isinstance(codec, Codec) else Codec() if codec else None
+    writer = ShardWriter(ROWS, ArrayCard(shape=row, dtype=dtype), CHUNK, SHARD, codec=used, attributes={})  # type: ignore[arg-type]
     shards = [writer.encode(number, values[number * SHARD : (number + 1) * SHARD]) for number in range(3)]
     return json.loads(writer.metadata), values, shards
 

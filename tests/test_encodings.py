@@ -483,10 +483,37 @@ def test_codes_of_a_teacher_in_bf16_are_made_in_bf16(grid: tuple[int, ...] | Non
     for fidelity, expected in ((0.04, "fp32"), (0.05, "bf16"), (0.1, "bf16"), (None, "bf16")):
         asked = request("final", "klt", fidelity)
         single, half = (fit(asked, rows, held, grid, precision=precision) for precision in ("fp32", "bf16"))
-        assert (single.card.arithmetic, half.card.arithmetic) == ("fp32", expected)
+        assert (single.card.code_precision, half.card.code_precision) == ("fp32", expected)
         errors = [each.card.certificate.relative_rmse for each in (single, half)]
         assert errors[1] == pytest.approx(errors[0], rel=2e-3)
         for name, codes in single.encode(held)[0].items():
             other = half.encode(held)[0][name]
             assert (codes != other).mean() < 0.05
-    assert fit(request("final", "int8", None), rows, held, grid, precision="bf16").card.arithmetic == "fp32"
+    assert fit(request("final", "int8", None), rows, held, grid, precision="bf16").card.code_precision == "fp32"
+    none = Tokens(held.prefix[:0], held.patches[:0])
+    assert {name: part.shape for name, part in half.encode(none)[0].items()} == {
+        name: (0, *card.shape) for name, card in half.card.arrays.items()
+    }
+
+
+@pytest.mark.parametrize("grid", [None, (4, 4), (24, 24)], ids=str)
+def test_a_cpu_without_bf16_makes_the_same_codes(grid: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same factors, so that shards of two machines do not differ more than those of one in fp32."""
+    tokens = math.prod(grid) if grid else 16
+    rows = gaussian(20, tokens, 24)
+    encoder = fit(request("final", "klt", 0.1), rows, rows, grid, precision="bf16")
+    with_it = encoder.encode(rows)[0]
+    monkeypatch.setattr("hdcache.klt.multiplies_bf16", lambda: False)
+    without = encoder.encode(rows)[0]
+    for name, codes in with_it.items():
+        assert (codes != without[name]).mean() < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("grid", [None, (4, 4)], ids=str)
+def test_a_gpu_makes_the_same_codes_in_bf16(grid: tuple[int, ...] | None) -> None:
+    rows = gaussian(20, 16, 24)
+    encoder = fit(request("final", "klt", 0.1), rows, rows, grid, precision="bf16")
+    there = Tokens(rows.prefix.cuda(), rows.patches.cuda())
+    for name, codes in encoder.encode(rows)[0].items():
+        assert (codes != encoder.encode(there)[0][name]).mean() < 0.01

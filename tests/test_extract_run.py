@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hdcache import klt
 from hdcache.arrays import ShardWriter
 from hdcache.datasets import open_dataset
 from hdcache.errors import (
@@ -478,6 +480,75 @@ def test_lost_constants_are_made_again_or_refused(
     spoil(root)
     with pytest.raises(StoreMismatch, match=r"basis/c.0.0: missing or damaged.*under a new name: --teacher t-2="):
         run(root, tmp_path / "s", f"t={tiny}", encoding="klt")
+
+
+@pytest.mark.parametrize("budget", [None, "20KB"])
+def test_constants_follow_what_was_chosen_not_what_would_be_now(
+    budget: str | None,
+    tmp_path: Path,
+    tiny: str,
+    make_folder: Callable[..., Path],
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An earlier version may have found other codes smaller, and so another fidelity within a budget, or a DCT that pays."""
+    root = make_folder(tmp_path / "d")
+    for pays in (0.0, 1e9):
+        store = tmp_path / f"s{pays:g}"
+        monkeypatch.setattr(klt, "PAYS", pays)
+        run(root, store, f"t={tiny}", encoding="klt", budget=budget)
+        before = tree(store)
+        card = Store.open(store).teacher("t").taps["final"]
+        assert (card.grid is None) == (pays == 0)
+        (store / "teachers/t/encodings/final/basis/c.0.0").unlink()
+        (store / "teachers/t/encodings/final/step/c.0").unlink()
+        monkeypatch.setattr(klt, "PAYS", 1e9 - pays)
+        run(root, store, f"t={tiny}", encoding="klt", budget=budget)
+        assert tree(store) == before
+
+
+def test_a_teacher_in_bf16_codes_in_bf16(tmp_path: Path, tiny: str, make_npz: Callable[..., str], tree: Tree) -> None:
+    """Finer taps of the same teacher do not; a run that lost shards ends as one that did not."""
+    data = make_npz(tmp_path / "d.npz", 80)
+    common: dict[str, Any] = {"encoding": "klt", "taps": ("final", "block2.out"), "precision": "bf16"}
+    run(data, tmp_path / "s", f"t={tiny}", **common)
+    record = Store.open(tmp_path / "s").teacher("t")
+    assert {card.code_precision for card in record.taps.values()} == {"bf16"}
+    before = tree(tmp_path / "s")
+    for name in ("manifest.json", "receipts/00000001.json"):
+        (path,) = (tmp_path / "s/teachers/t/views/0").glob(name.replace("00000001", "*1"))
+        path.unlink()
+    run(data, tmp_path / "s", f"t={tiny}", **common)
+    assert tree(tmp_path / "s") == before
+    run(data, tmp_path / "fine", f"t={tiny}", **common | {"fidelity": 0.02})
+    assert {card.code_precision for card in Store.open(tmp_path / "fine").teacher("t").taps.values()} == {"fp32"}
+    run(data, tmp_path / "budget", f"t={tiny}", **common, budget="60KB")
+    for card in Store.open(tmp_path / "budget").teacher("t").taps.values():
+        assert card.fidelity is not None
+        assert card.code_precision == ("bf16" if card.fidelity >= klt.COARSE else "fp32")
+
+
+def test_chunks_are_of_as_many_rows_as_suit_an_array(
+    tmp_path: Path, tiny: str, make_npz: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 where a codec makes them small, 8 where none does; a store of earlier versions keeps its 8, and its next view too."""
+
+    def rows(store: Path, view: int, key: str) -> int:
+        meta = json.loads((store / f"teachers/t/views/{view}/{key}/zarr.json").read_text())
+        return int(meta["codecs"][0]["configuration"]["chunk_shape"][0])
+
+    data = make_npz(tmp_path / "d.npz", 260)
+    run(data, tmp_path / "new", f"t={tiny}", encoding="klt", rows_per_shard=32)
+    assert Store.open(tmp_path / "new").card.rows_per_shard == 32
+    assert (rows(tmp_path / "new", 0, "final/codes"), rows(tmp_path / "new", 0, "final/prefix")) == (32, 8)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("hdcache.extract.opening.chunk_rows", lambda shard: min(8, shard))
+        run(data, tmp_path / "old", f"t={tiny}", encoding="klt", rows_per_shard=32)
+    run(data, tmp_path / "old", f"t={tiny}", encoding="klt", rows_per_shard=32, num_views=2)
+    for view in (0, 1):
+        assert (rows(tmp_path / "old", view, "final/codes"), rows(tmp_path / "old", view, "final/prefix")) == (8, 8)
+    old, new = (TeacherReader(Store.open(tmp_path / name), "t").rows(0, "final", 0, 260) for name in ("old", "new"))
+    assert all(np.array_equal(old[name], new[name]) for name in old)
 
 
 # Rows that fail

@@ -53,6 +53,17 @@ def test_parts_lie_side_by_side() -> None:
     assert by_token(parts, torch.bfloat16).is_contiguous()
 
 
+@pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 50])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_unfolding_goes_piece_by_piece(count: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(klt_decoding, "UNFOLDED", 7)
+    z = torch.arange(count).float() - count // 2
+    stored = folded(z, dtype)
+    assert torch.equal(klt_decoding.unfold(stored).float(), z)
+    apart = torch.stack([stored, stored], dim=1)[:, 0]
+    assert torch.equal(klt_decoding.unfold(apart).float(), z)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [None, (3, 4), (30, 20)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])

@@ -99,6 +99,15 @@ def test_a_read_that_fails_fails_the_batches_that_need_it() -> None:
             runs.gather(1)
 
 
+def test_what_cannot_be_expected_is_for_the_read_to_say() -> None:
+    source: Any = Counting()
+    source.expect = lambda *arguments: 1 / 0
+    runs = Runs([source], 0, 10, [np.arange(10)])
+    with ThreadPoolExecutor(1) as pool:
+        runs.request(pool, 1)
+        assert runs.gather(0)["t"]["x/values"][:, 0].tolist() == list(range(10))
+
+
 def test_reading_is_counted() -> None:
     source: Any = Counting()
     stages = Stages()

@@ -116,7 +116,7 @@ def test_records_survive_json(made: Any) -> None:
         (Preprocessing(size=16), {"frames": 4}),
         (TeacherCard.model_validate(TEACHER), {"slots": 2, "qk_norm": True, "classes": 3, "mask": {"kind": "tube", "ratio": 0.5, "seed": 0}}),
         (TapRequest(tap="logits", encoding="topk"), {"top_k": 5, "row_budget": 9}),
-        (TapCard.model_validate(TAP), {"grid": [1, TAP["tokens"]], "dead_zone": 0.1, "block_bytes": 4096, "typesize": 2, "arithmetic": "bf16"}),
+        (TapCard.model_validate(TAP), {"grid": [1, TAP["tokens"]], "dead_zone": 0.1, "block_bytes": 4096, "typesize": 2, "code_precision": "bf16"}),
         (TapCard.model_validate(TAP).certificate, {"bound_bits": 1.5}),
     ],
     ids=lambda value: type(value).__name__,

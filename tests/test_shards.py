@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from hdcache.shards import CHUNK_ROWS, LEVEL, Codec, chunk_rows, shard_bytes
+from hdcache.shards import CHUNK_ROWS, LEVEL, Codec, chunk_rows, rows_together, shard_bytes
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "float16", "int32", "float32")
 
@@ -72,10 +72,12 @@ def test_bytes_do_not_depend_on_threads_or_memory_order(codec: numcodecs.Blosc |
 @given(shard=st.integers(1, 4096), row_bytes=st.integers(0, 1 << 24))
 def test_chunks_divide_shards_and_runs(shard: int, row_bytes: int) -> None:
     """A run of an epoch then never decodes a part of a chunk; chunks of 8, as older stores have them, stay as they are."""
-    rows = chunk_rows(shard, row_bytes)
-    assert shard % rows == 0
+    chunk = chunk_rows(shard)
+    assert shard % chunk == 0
+    assert rows_together(min(chunk, 8), row_bytes, None) == min(chunk, 8)
     if shard % 8 == 0:
-        assert CHUNK_ROWS % rows == 0
+        rows = rows_together(chunk, row_bytes, Codec())
+        assert chunk % rows == CHUNK_ROWS % chunk == 0
         assert rows == 8 or rows * row_bytes <= 8 << 20
-        assert rows == math.gcd(shard, CHUNK_ROWS) or 2 * rows * row_bytes > 8 << 20
-        assert chunk_rows(8, row_bytes) == 8
+        assert rows == chunk == math.gcd(shard, CHUNK_ROWS) or 2 * rows * row_bytes > 8 << 20
+        assert rows_together(chunk, row_bytes, None) == 8

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hdcache.datasets import Subset, open_dataset
 from hdcache.errors import UsageError
 from hdcache.extract import trial
-from hdcache.extract.trial import _rates, named, sample_of, try_out
+from hdcache.extract.trial import _rates, filled, named, probe_shard, sample_of, try_out
 from hdcache.tap_requests import request
 from hdcache.teachers import load_teacher
 from hdcache.views import parse_views
@@ -46,7 +48,7 @@ def test_rates_are_of_shards_after_the_first() -> None:
         _rates([(0.0, 16)])
 
 
-@pytest.mark.parametrize(("most", "shards"), [(100, 10), (4, 20)])
+@pytest.mark.parametrize(("most", "shards"), [(100, 5), (4, 20)])
 def test_a_trial_has_no_larger_shards_than_the_extraction(
     most: int, shards: int, tmp_path: Path, tiny: str, make_npz: Callable[..., str]
 ) -> None:
@@ -61,6 +63,22 @@ def test_a_trial_has_no_larger_shards_than_the_extraction(
     assert min(found.calibration, found.reading, found.timing.forward) > 0
     assert set(found.others["final"]) == {"fp32", "fp16", "int8", "klt 5 %", "klt 20 %"}
     assert found.others["final"]["fp32"] == 4 * 17 * 48
+
+
+@given(count=st.integers(1, 400), shard=st.integers(1, 300), batch=st.integers(1, 130))
+def test_a_probe_computes_whole_batches(count: int, shard: int, batch: int) -> None:
+    """As the extraction does, or its rate is told for what the extraction fills up."""
+    rows = probe_shard(count, shard, batch)
+    assert 1 <= rows <= shard
+    assert rows == shard or rows < batch or (rows % batch == 0 and filled(rows, batch) == 1)
+    assert filled(shard, batch) == shard / (batch * -(-shard // batch))
+
+
+def test_a_rate_is_that_of_the_extraction_s_shards() -> None:
+    """A shard of 40 rows in batches of 32 costs 64."""
+    assert filled(40, 32) == 40 / 64
+    plain = _rates([(0.0, 16), (1.0, 16), (2.0, 16)])
+    assert _rates([(0.0, 16), (1.0, 16), (2.0, 16)], 1.5) == pytest.approx(tuple(1.5 * rate for rate in plain))
 
 
 def test_encodings_have_names() -> None:

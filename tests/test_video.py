@@ -764,7 +764,7 @@ def test_pixels_that_are_held_at_once_are_bounded() -> None:
     """16 frames of 224 pixels: 2.4 MB a row."""
     row = 3 * 16 * 224 * 224
     assert shard_size(100_000, 256, row) * row <= SHARD_PIXELS
-    assert shard_size(100_000, 256, row) == 104
+    assert shard_size(100_000, 256, row) == 96
     assert shard_size(100_000, 256, 3 * 224 * 224) == 256
     assert shard_size(100_000, 256, 10**9) == 8
 
