@@ -12,7 +12,8 @@ from loader_peers import Rows
 from hdcache.arrays import ShardWriter, group_metadata, write_constant
 from hdcache.datasets import open_dataset
 from hdcache.durable import durable_write
-from hdcache.encodings import Encoder, codec_of, fit, request
+from hdcache.encodings import Encoder, fit, request
+from hdcache.extract.writer import tap_writer
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
 from hdcache.order import epoch_order
 from hdcache.runs import RUN_ROWS
@@ -109,21 +110,18 @@ def _write(
     record: TeacherRecord | None = None, constants: dict[str, StoredObject] | None = None,
 ) -> None:  # fmt: skip
     """All shards of a ledger, and its seal: arrays as they are, or the codes of rows."""
-    cards = {
-        key: ArrayCard.model_validate({"shape": value.shape[1:], "dtype": str(value.dtype)})
-        for key, value in whole.items()
-    }
-    count = len(next(iter(whole.values()), []))
-    if coded is not None:
-        cards = {f"final/{name}": card for name, card in coded[0].card.arrays.items()}
-        count = len(coded[1])
-    writers = {
-        key: ShardWriter(
-            count, card, chunk_rows(SHARD), SHARD, attributes={},
-            codec=None if coded is None else codec_of(coded[0].card, key.split("/")[1]),
-        )
-        for key, card in cards.items()
-    }  # fmt: skip
+    if coded is None:
+        count = len(next(iter(whole.values())))
+        cards = {
+            key: ArrayCard.model_validate({"shape": value.shape[1:], "dtype": str(value.dtype)})
+            for key, value in whole.items()
+        }
+        writers = {
+            key: ShardWriter(count, card, SHARD, SHARD, codec=None, attributes={}) for key, card in cards.items()
+        }
+    else:
+        tap, count = coded[0].card, len(coded[1])
+        writers = {f"final/{name}": tap_writer(tap, name, count, chunk_rows(SHARD), SHARD) for name in tap.arrays}
     static = {f"{ledger.key}/zarr.json": durable_write(ledger.folder / "zarr.json", group_metadata({}))}
     for key, writer in writers.items():
         static[f"{ledger.key}/{key}/zarr.json"] = durable_write(ledger.folder / key / "zarr.json", writer.metadata)

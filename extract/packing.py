@@ -151,6 +151,8 @@ class _Packer:
             ),
             DIGEST: ShardWriter(count, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=None, attributes={}),
         }
+        for key, writer in self.writers.items():
+            writer.follow(self.store.path / key / "zarr.json")
 
     def run(self, *, quiet: bool) -> None:
         for number in range(self.shards):

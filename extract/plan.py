@@ -125,7 +125,7 @@ def plan(
     else:
         dataset = shrunk(open_dataset(data or ""), parse_pixels(pixels))
         drawn = new_views(dataset, there, views, view_seed)
-    sample = sample_of(dataset, drawn.seed)
+    sample = sample_of(dataset, drawn.seed, known.batch)
     count = dataset.card.count
     found = Plan(str(path), count, num_views, free_at(path))
     if pixels is not None:
@@ -145,10 +145,11 @@ def plan(
             found.teachers[name] = _nothing_left(record)
             continue
         shard = begun.card.rows_per_shard if begun else shard_size(count, rows_per_shard, pixel_bytes(teacher))
+        card = StoreCard(dataset=dataset.card, views=drawn, rows_per_shard=shard, rows_per_chunk=chunk_rows(shard))
+        card = card if begun is None else begun.card
         # On the disk of the store, which is the one that has to keep up.
         with tempfile.TemporaryDirectory(prefix=".hdcache-plan-", dir=scratch_beside(path)) as folder:
-            trial = try_out(sample, Path(folder) / "probe", teacher, requests, drawn, shard, cores)
-        card = StoreCard(dataset=dataset.card, views=drawn, rows_per_shard=shard, rows_per_chunk=chunk_rows(shard))
+            trial = try_out(sample, Path(folder) / "probe", teacher, requests, drawn, shard, card.rows_per_chunk, cores)
         check_memory(card, name, teacher.card, trial.record.taps.values(), 1)
         found.teachers[name] = priced(trial, rows, count, shard, calibrated=record)
     return found

@@ -26,7 +26,7 @@ from hdcache.extract.writer import ViewWriter
 from hdcache.klt import prepare
 from hdcache.reader import TeacherReader
 from hdcache.schema import StoreCard, TapRequest, TeacherRecord, ViewSpec
-from hdcache.shards import chunk_rows
+from hdcache.shards import LEAST_ROWS
 from hdcache.store import Store
 from hdcache.taps import Tokens
 from hdcache.teachers import Teacher
@@ -62,12 +62,12 @@ class Trial:
     """Tap -> encoding that was not asked for -> bytes a row."""
 
 
-def sample_of(dataset: Dataset, seed: int) -> Dataset:
-    """The samples of the first rows of view 0, or all."""
-    count = dataset.card.count
-    if count <= PROBE_ROWS:
+def sample_of(dataset: Dataset, seed: int, batch: int) -> Dataset:
+    """The samples of the first rows of view 0, or all: enough for :data:`PROBE_SHARDS` batches."""
+    count, rows = dataset.card.count, max(PROBE_ROWS, PROBE_SHARDS * batch)
+    if count <= rows:
         return dataset
-    chosen = np.sort(row_order(count, seed, 0)[:PROBE_ROWS])
+    chosen = np.sort(row_order(count, seed, 0)[:rows])
     return Subset(dataset, tuple(dataset.ids[int(place)] for place in chosen))
 
 
@@ -78,6 +78,7 @@ def try_out(
     requests: Sequence[TapRequest],
     views: ViewSpec,
     rows_per_shard: int,
+    rows_per_chunk: int,
     threads: int,
 ) -> Trial:
     """Extract ``sample`` with one teacher into ``folder``, in :data:`PROBE_SHARDS` shards, or more of at most ``rows_per_shard``.
@@ -88,12 +89,10 @@ def try_out(
         when there are too few rows to time, or one shard does not fit into memory.
     """
     of_probe = probe_shard(len(sample.ids), rows_per_shard, teacher.batch)
-    card = StoreCard(
-        dataset=sample.card,
-        views=views,
-        rows_per_shard=of_probe,
-        rows_per_chunk=chunk_rows(math.gcd(of_probe, rows_per_shard)),
-    )
+    # Whole shards where none of the store's chunks divides them: how much is compressed together tells on the time to read.
+    together = math.gcd(of_probe, rows_per_chunk)
+    together = together if together >= LEAST_ROWS else of_probe
+    card = StoreCard(dataset=sample.card, views=views, rows_per_shard=of_probe, rows_per_chunk=together)
     store = Store.create(folder, card, sample.ids, sample.labels)
     began = time.perf_counter()
     record, encoders = open_or_calibrate(store, sample, teacher, requests, None, threads=threads, source="")
@@ -107,25 +106,25 @@ def try_out(
     pipeline.run(writer, writer.todo(), lambda rows, _: marks.append((time.perf_counter(), rows)))
     writer.seal()
     return Trial(
-        record, calibration, _rates(marks, filled(rows_per_shard, teacher.batch) / filled(of_probe, teacher.batch)), sum(rows for _, rows in marks), pipeline.timing,
+        record, calibration, _rates(marks), sum(rows for _, rows in marks), pipeline.timing,
         _read_seconds(store, record), _others(store, sample, teacher, requests, threads),
     )  # fmt: skip
 
 
 def probe_shard(count: int, rows_per_shard: int, batch: int) -> int:
-    """Rows of a probe's shards: whole batches, in :data:`PROBE_SHARDS` shards or some more; at most ``rows_per_shard``."""
+    """Rows of a probe's shards: those of the extraction where three of them fit, else whole batches.
+
+    The last batch of a shard is filled up, and costs the teacher as much as a whole one.
+    """
+    if 3 * rows_per_shard <= count:
+        return rows_per_shard
     rows = max(1, min(rows_per_shard, count // PROBE_SHARDS))
-    return rows if rows == rows_per_shard or rows < batch else rows - rows % batch
+    return rows if rows < batch else rows - rows % batch
 
 
-def filled(shard: int, batch: int) -> float:
-    """Share of the rows that a teacher computes for a shard which are the shard's: the last batch is filled up."""
-    return shard / (-(-shard // batch) * batch)
-
-
-def _rates(marks: Sequence[tuple[float, int]], scale: float = 1.0) -> tuple[float, float]:
-    """Slowest and fastest rows/s of the shards after the first, at least 10 % from their mean; times ``scale``."""
-    times = [(now - before) / scale for (before, _), (now, _) in itertools.pairwise(marks)]
+def _rates(marks: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Slowest and fastest rows/s of the shards after the first, at least 10 % from their mean."""
+    times = [now - before for (before, _), (now, _) in itertools.pairwise(marks)]
     rates = [rows / max(seconds, 1e-9) for seconds, (_, rows) in zip(times, marks[1:], strict=True)]
     if not rates:
         raise UsageError("too few samples to plan for: they are extracted sooner than measured; run 'hdcache extract'")

@@ -129,6 +129,9 @@ class ViewWriter:
                 self.rows, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=None, attributes={}
             ),
         }
+        for ledger, writers in ((self.ledger, self._writers), (self.geometry, self._geometry_writers)):
+            for key, writer in writers.items():
+                writer.follow(ledger.folder / key / "zarr.json")
 
     def open(self) -> None:
         """Write the metadata of every group and array, where it is not there yet; mend and clear what a kill left."""

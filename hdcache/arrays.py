@@ -8,6 +8,7 @@ chunk by chunk (:mod:`hdcache.chunks`). No torch here.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 from collections import defaultdict
@@ -93,6 +94,22 @@ class ShardWriter:
         )
         self.metadata: bytes = objects["zarr.json"].to_bytes()
 
+    def follow(self, path: Path) -> None:
+        """Go on as the metadata at ``path`` says, where an earlier version wrote it of the same array.
+
+        It may have compressed other numbers of rows together, or at another level: shards that are there, and seals that list
+        the file, stay right only if it stays. What describes another array, or nothing, is left to be written anew.
+        """
+        try:
+            data = path.read_bytes()
+            found, own = json.loads(data), json.loads(self.metadata)
+            chunk = _tuning(found)
+            _tuning(own)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return
+        if found == own and isinstance(chunk, int) and 0 < chunk <= self._shard and self._shard % chunk == 0:
+            self.metadata, self._chunk = data, chunk
+
     def key(self, shard: int) -> str:
         """Object key of a shard, relative to the array."""
         return ".".join(["c", str(shard), *["0"] * len(self._row)])
@@ -110,6 +127,18 @@ class ShardWriter:
                 f"{self._dtype}{[stop - start, *self._row]}"
             )
         return shard_bytes(block, self._chunk, self._shard // self._chunk, self._codec, each)
+
+
+def _tuning(metadata: dict[str, Any]) -> Any:
+    """Take out of an array's metadata what changes no value; the rows of its chunks."""
+    inner = metadata["codecs"][0]["configuration"]
+    for codec in inner["codecs"]:
+        if codec["name"] == "blosc":
+            for key in ("clevel", "typesize", "blocksize"):
+                codec["configuration"].pop(key, None)
+    rows = inner["chunk_shape"][0]
+    inner["chunk_shape"][0] = 0
+    return rows
 
 
 def constant_objects(value: NDArray[np.generic]) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ Legend: R rows, P prefix tokens, N patch tokens, D width, K kept components, W l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from hdcache.klt_decoding import Blocks, by_token, positions, unfold
 from hdcache.plain_encodings import Parts as Parts
 from hdcache.plain_encodings import Stored, decode_plain, encode_plain
 from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
-from hdcache.shards import Codec
+from hdcache.shards import CHUNK_ROWS, Codec, rows_together
 from hdcache.soft_labels import (
     DEFAULT_TOP_K,
     decode_soft_labels,
@@ -291,7 +291,8 @@ def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | in
     spread = error = kl = 0.0
     saturated = 0
     cosines = []
-    kept: dict[str, list[NDArray[np.generic]]] = {name: [] for name in encoder.card.arrays if name != "prefix"}
+    kept: dict[str, list[NDArray[np.generic]]] = {}
+    stored = 0
     for run in runs:
         part = heldout[run] if isinstance(heldout, Tensor) else Tokens(heldout.prefix[run], heldout.patches[run])
         codes, clipped = encoder.encode(part)
@@ -301,13 +302,16 @@ def _measure(encoder: Encoder, heldout: Tokens | Tensor) -> dict[str, float | in
         error += float(((exact - copy) ** 2).sum())
         kl += float(divergence(exact, copy).sum()) if soft else 0.0
         saturated += clipped
-        for name, found in kept.items():
-            found.append(codes[name])
+        for name in codes.keys() - {"prefix"}:
+            if codec_of(encoder.card, name) is None:
+                stored += codes[name].nbytes
+            else:
+                kept.setdefault(name, []).append(codes[name])
         lengths = exact.norm(dim=-1)
         cosine = (exact * copy).sum(-1) / (lengths * copy.norm(dim=-1)).clamp_min(1e-300)
         cosines.append(cosine[lengths > 0])
     cosine = torch.cat(cosines)
-    stored = sum(_compressed(encoder.card, name, np.concatenate(found)) for name, found in kept.items())
+    stored += sum(_compressed(encoder.card, name, found) for name, found in kept.items())
     return {
         "relative_rmse": math.sqrt(error / spread) if spread > 0 else float(error > 0),
         "cosine_mean": float(cosine.mean()) if len(cosine) else 1.0,
@@ -321,9 +325,12 @@ def _vectors(value: Tensor) -> Tensor:
     return value.cpu().double().flatten(0, -2)
 
 
-def _compressed(card: TapCard, name: str, value: NDArray[np.generic]) -> int:
-    codec = codec_of(card, name)
-    return value.nbytes if codec is None else sum(len(klt.compressed(run, *codec)) for run in klt.chunks(value))
+def _compressed(card: TapCard, name: str, parts: Sequence[NDArray[np.generic]]) -> int:
+    """Bytes of rows that come in parts of :data:`MEASURED_ROWS`, in the chunks that a store has."""
+    codec = codec_of(card, name) or Codec()
+    together = rows_together(CHUNK_ROWS, parts[0][:1].nbytes, codec) // MEASURED_ROWS
+    runs = (np.concatenate(parts[start : start + together]) for start in range(0, len(parts), together))
+    return sum(len(klt.compressed(run, *codec)) for run in runs)
 
 
 def codec_of(card: TapCard, name: str) -> Codec | None:

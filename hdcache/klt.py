@@ -118,11 +118,9 @@ def components(patches: Tensor, constants: Mapping[str, Tensor], grid: tuple[int
 
 @lru_cache(maxsize=1)
 def multiplies_bf16() -> bool:
-    """Whether torch has products of bfloat16 that are made for this CPU."""
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # torch without that library, as on some other architectures
-        return False
+    """Whether this CPU multiplies bfloat16 itself."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check is not None and bool(check()) for check in checks)
 
 
 def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Sequence[Tensor]) -> Tensor:
@@ -134,16 +132,22 @@ def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Seq
     """
     centred = (patches.float() - mean).to(rotation.dtype)
     if patches.device.type == "cpu" and not multiplies_bf16():
-        # Without such hardware torch takes fifty times as long over them as over those of single precision, which of the same
-        # factors are the same but for the order of sums and the rounding of what comes out.
+        # Elsewhere torch may take fifty times as long over them as over those of single precision, which of the same factors
+        # are the same but for the order of sums.
         centred, rotation, back = centred.float(), rotation.float(), [matrix.float() for matrix in back]
-    z = torch.mm(centred.flatten(0, 1), rotation).view(*centred.shape[:2], rotation.shape[1]).transpose(1, 2)
+    z = (
+        torch.mm(centred.flatten(0, 1), rotation)
+        .to(torch.bfloat16)
+        .to(centred.dtype)
+        .view(*centred.shape[:2], rotation.shape[1])
+        .transpose(1, 2)
+    )
     if len(back) == 1:
         # The product itself turns tokens into columns.
         z = torch.bmm(z, back[0].expand(len(z), -1, -1))
     elif back:
         z = over_grid(z, [matrix.T for matrix in back])
-    return z.float()
+    return z.to(torch.bfloat16).float()
 
 
 def rounded(z: Tensor, dead_zone: float) -> Tensor:

@@ -143,11 +143,11 @@ class Loader:
             rows = 3 * -(-max(options.buffer_rows, options.batch_size) // options.world) + prefetch * local
             needed = stored * (rows + prefetch * local) + images * (prefetch + 1) * local + scratch
             if needed <= budget:
-                return prefetch, needed
+                return prefetch, needed - scratch
         raise UsageError(
             f"batches of {local} rows with a shuffle buffer of {options.buffer_rows} rows need more than the "
-            f"{budget / 1e9:.1f} GB that may be used for them ({stored:,} bytes of targets a row); "
-            "lower buffer_rows or batch_size, or raise HDCACHE_BUFFER_BYTES"
+            f"{budget / 1e9:.1f} GB that may be used for them ({stored:,} bytes of targets a row, "
+            f"{scratch:,} for {max(READERS, options.threads)} threads); lower buffer_rows, batch_size or threads, or raise HDCACHE_BUFFER_BYTES"
         )
 
     def _usable_views(self, wanted: int | None) -> list[int]:

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.arrays import ArrayReader
-from hdcache.encodings import Encoder
+from hdcache.encodings import Encoder, codec_of
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.integrity import teacher_ledger, view_ledger
 from hdcache.masks import check_tubes, unpack_visible, visible_count
 from hdcache.records import check_key
 from hdcache.schema import ITEM_BYTES, ArrayCard, Manifest, StoredObject, TeacherCard, TeacherRecord
-from hdcache.shards import Codec, rows_together
+from hdcache.shards import rows_together
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view
 from hdcache.taps import Coded, Tokens, parse_tap
 
@@ -205,10 +205,14 @@ class TeacherReader:
         return self.decode(tap, parts)
 
     def chunk_bytes(self, taps: Sequence[str]) -> int:
-        """Uncompressed bytes of the largest chunk of ``taps``, at most."""
-        together = self.store.card.rows_per_chunk
-        rows = [row_bytes(card) for tap in taps for card in self.record.taps[tap].arrays.values()]
-        return max((rows_together(together, each, Codec()) * each for each in rows), default=0)
+        """Uncompressed bytes of the largest compressed chunk of ``taps``, at most."""
+        sizes = [0]
+        for card in (self.record.taps[tap] for tap in taps):
+            for name, array in card.arrays.items():
+                if (codec := codec_of(card, name)) is not None:
+                    each = row_bytes(array)
+                    sizes.append(rows_together(self.store.card.rows_per_chunk, each, codec) * each)
+        return max(sizes)
 
     def bytes_per_row(self, taps: Sequence[str]) -> int:
         """Uncompressed bytes of one row of ``taps`` in a reader's buffer."""

@@ -55,7 +55,7 @@ def rows_together(chunk: int, row_bytes: int, codec: Codec | None) -> int:
 
     The last chunk of an array is filled up with zeros, which cost bytes where nothing compresses them.
     """
-    while chunk > LEAST_ROWS and (codec is None or chunk * row_bytes > CHUNK_BYTES):
+    while chunk > LEAST_ROWS and chunk % 2 == 0 and (codec is None or chunk * row_bytes > CHUNK_BYTES):
         chunk //= 2
     return chunk
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hdcache.backbones import Backbone, load_backbone, normalize
 from hdcache.errors import StoreMismatch, UsageError
+from hdcache.klt import multiplies_bf16
 from hdcache.masks import draw_visible, parse_mask, visible_count
 from hdcache.records import check_name, differences
 from hdcache.schema import MaskSpec, TeacherCard, TeacherRecord
@@ -277,8 +278,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        return "bf16" if any(check is not None and check() for check in checks) else "fp32"
+        return "bf16" if multiplies_bf16() else "fp32"
     return "fp32"
 
 

@@ -30,6 +30,7 @@ from hdcache.arrays import (
     read_pipeline,
     write_constant,
 )
+from hdcache.chunks import ShardLayout
 from hdcache.durable import durable_write
 from hdcache.errors import OutOfSpace, StoreCorrupt
 from hdcache.schema import ArrayCard, StoredObject
@@ -614,3 +615,49 @@ def test_rows_that_are_expected_may_be_missing_until_they_are_read(
     for pipeline in PIPELINES:
         written.reader(pipeline).expect_rows(0, 8)  # zarr reads as it does
     assert len(asked) == 3
+
+
+def test_a_writer_goes_on_as_an_earlier_version_began(tmp_path: Path) -> None:
+    """With its chunks and its metadata to the byte; what describes another array, or nothing, is not followed."""
+    values = numbers("uint8", ROWS, 3, 4)
+    card = ArrayCard(shape=(3, 4), dtype="uint8")
+
+    plain = Codec()
+
+    def writer(chunk: int = 8, codec: Codec | None = plain, about: str = "x") -> ShardWriter:
+        return ShardWriter(ROWS, card, chunk, SHARD, codec=codec, attributes={"about": about})
+
+    path = tmp_path / "zarr.json"
+    for chunk, codec in ((2, Codec(64, 2)), (4, Codec(128)), (8, Codec())):
+        earlier = writer(chunk, codec)
+        path.write_bytes(earlier.metadata.replace(b'"clevel": 1', b'"clevel": 5'))
+        found = writer()
+        found.follow(path)
+        assert found.metadata == path.read_bytes()
+        layout = ShardLayout.of(json.loads(found.metadata))
+        assert layout is not None
+        assert layout.chunk == chunk
+        (tmp_path / "shard").write_bytes(found.encode(0, values[:SHARD]))
+        with open(tmp_path / "shard", "rb") as file:
+            read = [
+                block.copy()
+                for _, block in layout.read(file.fileno(), path.with_name("shard").stat().st_size, range(8 // chunk))
+            ]
+        assert np.array_equal(np.concatenate(read), values[:SHARD])
+    others = [
+        writer(codec=None).metadata,
+        writer(about="y").metadata,
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        writer().metadata[:-9],
+    ]
+    others += [writer().metadata.replace(b'"chunk_shape": [\n', b'"chunk_shape": [0,\n', 1)]
+    for other in others:
+        path.write_bytes(other)
+        found = writer()
+        found.follow(path)
+        assert found.metadata == writer().metadata
+    found.follow(tmp_path / "nothing there")
+    assert found.metadata == writer().metadata

@@ -107,6 +107,42 @@ def test_another_view_is_added_and_another_network_is_not(old: Path, name: str) 
     assert reload_teacher(reader.record, spec(old, name).partition("=")[2]).card.qk_norm == (name == "normed")
 
 
+def test_a_teacher_is_added_to_a_view_that_is_sealed(old: Path) -> None:
+    """The geometry that it shares keeps its metadata, whatever level of compression a version writes."""
+    before = (old / "store.hdc/views/0/geometry/zarr.json").read_bytes()
+    again = spec(old, "plain").replace("plain=", "third=", 1)
+    extract(
+        f"npz:{old / 'images.npz'}",
+        store=old / "store.hdc",
+        teachers=[again],
+        **SETTINGS | {"taps": ["final"], "num_views": 2},
+    )
+    store = Store.open(old / "store.hdc")
+    assert store.views("third") == [0, 1]
+    assert verify(store).faults == []
+    assert (old / "store.hdc/views/0/geometry/zarr.json").read_bytes() == before
+    for name in IDENTITIES:
+        assert TeacherReader(store, name).manifest(0).digest() == MANIFESTS[name]
+
+
+def test_shards_that_are_lost_are_made_as_the_others_are(old: Path) -> None:
+    """A view half done by an earlier version is finished with its chunks."""
+    folder = old / "store.hdc/teachers/plain/views/0"
+    expected = {
+        tap: TeacherReader(Store.open(old / "store.hdc"), "plain").tap(0, tap, 0, 24)
+        for tap in ("final", "block2.attn_in")
+    }
+    meta = (folder / "final/codes/zarr.json").read_bytes()
+    (folder / "manifest.json").unlink()
+    (folder / "receipts/1.json").unlink()
+    assert repeat(old, "plain").teachers["plain"]["rows_written"] == 8
+    assert (folder / "final/codes/zarr.json").read_bytes() == meta
+    store = Store.open(old / "store.hdc")
+    assert verify(store).faults == []
+    for tap, value in expected.items():
+        torch.testing.assert_close(TeacherReader(store, "plain").tap(0, tap, 0, 24), value)
+
+
 def test_a_new_store_is_spelled_as_it_was(old: Path) -> None:
     """Fields that came later are left out where they say what older stores did."""
     for name, identity in IDENTITIES.items():
