@@ -41,7 +41,7 @@ from hdcache.extract.opening import open_or_create
 from hdcache.extract.pipeline import Pipeline
 from hdcache.extract.rows import decode_row, shard_rows
 from hdcache.extract.writer import ViewWriter, tap_writer
-from hdcache.resources import available_cores
+from hdcache.resources import available_cores, keep_freed_memory
 from hdcache.samples import open_sample
 from hdcache.shards import chunk_rows
 from hdcache.taps import Tokens
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--only", help="variants whose name contains this")
     parser.add_argument("--quick", action="store_true")
     settings = parser.parse_args()
+    keep_freed_memory()  # as the command does; the bare forward has it too
     settings.teacher = settings.teacher or (QUICK if settings.quick else RANDOM)
     if settings.quick:
         settings.rows, settings.rows_per_shard, settings.bare_rows, settings.repeats = 320, 64, 128, 1

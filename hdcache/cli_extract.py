@@ -15,6 +15,7 @@ from hdcache.cli_options import (
     teacher_mask,
     teachers_of_data,
 )
+from hdcache.resources import keep_freed_memory
 
 
 @click.command()
@@ -44,6 +45,7 @@ def extract(
         context.invoke(plan, data=data, as_json=as_json, quiet=quiet, verbose=verbose, **settings)
         return
     prepare(quiet, verbose)
+    keep_freed_memory()
     from hdcache.extract.run import extract as run
     from hdcache.extract.summary import format_summary
 
@@ -62,6 +64,7 @@ def plan(as_json: bool, quiet: bool, verbose: int, data: str | None, **settings:
     Some hundred rows are extracted to a scratch folder beside the store, which is deleted again. Exit 6 if it will not fit.
     """
     prepare(quiet, verbose)
+    keep_freed_memory()
     from hdcache.extract.engine_choice import parse_engine
     from hdcache.extract.plan import check_room, format_plan
     from hdcache.extract.plan import plan as run
