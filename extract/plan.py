@@ -145,8 +145,9 @@ def plan(
             found.teachers[name] = _nothing_left(record)
             continue
         shard = begun.card.rows_per_shard if begun else shard_size(count, rows_per_shard, pixel_bytes(teacher))
-        card = StoreCard(dataset=dataset.card, views=drawn, rows_per_shard=shard, rows_per_chunk=chunk_rows(shard))
-        card = card if begun is None else begun.card
+        card = begun.card if begun else StoreCard(
+            dataset=dataset.card, views=drawn, rows_per_shard=shard, rows_per_chunk=chunk_rows(shard)
+        )  # fmt: skip
         # On the disk of the store, which is the one that has to keep up.
         with tempfile.TemporaryDirectory(prefix=".hdcache-plan-", dir=scratch_beside(path)) as folder:
             trial = try_out(sample, Path(folder) / "probe", teacher, requests, drawn, shard, card.rows_per_chunk, cores)

@@ -81,7 +81,7 @@ def try_out(
     rows_per_chunk: int,
     threads: int,
 ) -> Trial:
-    """Extract ``sample`` with one teacher into ``folder``, in :data:`PROBE_SHARDS` shards, or more of at most ``rows_per_shard``.
+    """Extract ``sample`` with one teacher into ``folder``, in shards of :func:`probe_shard` rows.
 
     Raises
     ------

@@ -52,7 +52,7 @@ DIGITS = 6
 MEASURED_ROWS = 8
 """Rows that are measured together; :data:`~hdcache.shards.CHUNK_ROWS` are compressed together, as a store does."""
 PASS_VALUES = 1 << 21
-"""Values that a CPU encodes together: the passes over them are over memory that a cache holds."""
+"""Values that a CPU encodes together: so many that the fixed cost of a product does not show, and no whole batch of large ones."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Encoder:
         return found | patches, clipped + more
 
     def _integers(self, patches: Tensor) -> tuple[Stored, Tensor]:
-        # A few rows at a time stay in a core's cache; a GPU has enough to do with all at once.
+        # What lies between the steps stays small; a GPU has enough to do with all rows at once.
         size = len(patches) if patches.device.type != "cpu" else max(1, PASS_VALUES // max(1, patches[:1].numel()))
         pieces = [self._whole(patches[start : start + size]) for start in range(0, max(1, len(patches)), size)]
         return (

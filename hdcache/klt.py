@@ -128,7 +128,7 @@ def coarse_components(patches: Tensor, mean: Tensor, rotation: Tensor, back: Seq
 
     ``mean`` is float32 [D], ``rotation`` bfloat16 [D, K], the basis over the step; ``back`` are the bfloat16 matrices that take
     the DCT back (:func:`hdcache.klt_decoding.positions`), which is orthonormal. Each product rounds to 8 bits, which adds
-    noise of up to 0.2 % of the spread: next to nothing where steps make an error of :data:`COARSE` or more.
+    noise of about 0.2 % of the spread: next to nothing where steps make an error of :data:`COARSE` or more.
     """
     centred = (patches.float() - mean).to(rotation.dtype)
     if patches.device.type == "cpu" and not multiplies_bf16():

@@ -1,6 +1,6 @@
 """Stored klt integers back to patch tokens, short of the affine map that ends it: unfolded, side by side, off the grid.
 
-On a CPU some tens of rows at a time go all the way, whatever the batch: what lies between the steps is five times as large as
+On a CPU some tens of rows at a time go all the way, whatever the batch: what lies between the steps is larger than
 what comes out. Fewer rows would stay in a core's cache, but each matrix product starts with a fixed cost.
 
 Legend: R rows, N patch tokens, K kept components.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -67,11 +68,11 @@ class Runs:
         while self._requested < min(until, len(self._needs)):
             new |= {run: None for run in self._needs[self._requested] if run not in self._futures}
             self._requested += 1
-        order = list(new)
-        for run in order[:EXPECTED]:
+        expected = iter(new)
+        for run in islice(expected, EXPECTED):
             pool.submit(self._expect, run)
-        for place, run in enumerate(order):
-            for following in order[place + EXPECTED : place + EXPECTED + 1]:
+        for run in new:
+            for following in islice(expected, 1):
                 pool.submit(self._expect, following)
             self._futures[run] = pool.submit(self._read, run)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 LEVEL = 1
 """zstd's, as blosc counts. 5 takes five times as long for about 1 % fewer bytes of klt codes, up to 9 % where nearly all are 0."""
 CHUNK_ROWS = 32
-"""Rows that are compressed and read together, at most: fewer at a time would cost Python's lock more than the codec."""
+"""Rows that are compressed and read together, at most. What Python adds to each chunk, under its lock, is felt with fewer."""
 LEAST_ROWS = 8
 """Rows that are compressed together where those of a whole chunk would be larger than :data:`CHUNK_BYTES`."""
 CHUNK_BYTES = 8 << 20
