@@ -58,6 +58,7 @@ LAYERS = [
     ["rendering", "runs", "target_sources"],
     ["collation", "finishing"],
     ["loader"],
+    ["sharing"],
     ["api", "chain"],
     ["__init__"],
     ["cli_options", "quickstart"],
@@ -202,11 +203,17 @@ def room_of(module: str) -> str | None:
 
 
 def core_of(module: str) -> str | None:
-    """The stem of the core file that ``module`` is, ``__init__`` for the package itself."""
+    """The name in LAYERS of the core file that ``module`` is, ``__init__`` for the package itself."""
     parts = module.split(".")
     if parts[0] != "hdcache" or room_of(module):
         return None
-    return parts[1] if len(parts) > 1 else "__init__"
+    return ".".join(parts[1:]) if len(parts) > 1 else "__init__"
+
+
+def layer_of(path: Path) -> str:
+    """The name of a core file in LAYERS: its stem, after the folder's name where it lies in a folder of the core."""
+    parts = path.relative_to(ROOT / "hdcache").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 # Who may import whom
@@ -232,18 +239,18 @@ def test_core_imports_rooms_only_where_listed() -> None:
         for item in imports_of(path):
             if not room_of(item.module) or item.type_checking:
                 continue
-            if path.stem not in KNOWS_ROOMS:
+            if layer_of(path) not in KNOWS_ROOMS:
                 wrong.append(f"{name_of(path)}:{item.line} imports {item.module}: the core knows no room")
-            elif KNOWS_ROOMS[path.stem] and not item.in_function:
+            elif KNOWS_ROOMS[layer_of(path)] and not item.in_function:
                 wrong.append(f"{name_of(path)}:{item.line} imports {item.module} outside a function")
     assert not wrong, "\n".join(wrong)
 
 
 def test_core_imports_point_down() -> None:
     rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-    unlisted = [name_of(path) for path in sources("hdcache") if path.stem not in rank]
+    unlisted = [name_of(path) for path in sources("hdcache") if layer_of(path) not in rank]
     assert not unlisted, f"list {', '.join(unlisted)} in LAYERS of {name_of(Path(__file__))}"
-    gone = rank.keys() - {path.stem for path in sources("hdcache")}
+    gone = rank.keys() - {layer_of(path) for path in sources("hdcache")}
     assert not gone, f"no such core files, drop from LAYERS: {sorted(gone)}"
     wrong = []
     for path in sources("hdcache"):
@@ -251,7 +258,7 @@ def test_core_imports_point_down() -> None:
             other = core_of(item.module)
             if other is None or item.module not in MODULES:
                 continue
-            if rank[other] > rank[path.stem]:
+            if rank[other] > rank[layer_of(path)]:
                 wrong.append(f"{name_of(path)}:{item.line} imports {item.module}, which LAYERS puts above it")
     assert not wrong, "\n".join(wrong)
 
@@ -384,7 +391,7 @@ def test_readme_names_every_source_file_with_a_caption() -> None:
         plain = line.translate(str.maketrans("│├└─|`*#", "        ")).strip()
         if match := re.match(r"(?:(\w+)/)?(\w+\.py)\b[^\w]*(.*)", plain):
             captions.setdefault(f"{match[1] or folder}/{match[2]}", match[3].strip())
-        elif match := re.match(r"(\w+)/(\s|$)", plain):
+        elif match := re.match(r"(\w+(?:/\w+)*)/(\s|$)", plain):
             folder = match[1]
     files = [name_of(path) for path in sources(*FOLDERS) if path.name != "__init__.py"]
     missing = [file for file in files if not captions.get(file)]
