@@ -7,28 +7,28 @@ chunk by chunk (:mod:`hdcache.chunks`). No torch here.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hdcache.array_metadata import check_array_metadata
+from hdcache.array_metadata import group_metadata as group_metadata
 from hdcache.array_metadata import read_attributes as read_attributes
 from hdcache.array_metadata import read_json as read_json
 from hdcache.array_metadata import read_record as read_record
-from hdcache.chunks import ShardLayout
+from hdcache.chunks import ShardLayout, known_layout
 from hdcache.durable import durable_write
 from hdcache.errors import StoreCorrupt
-from hdcache.records import canonical_json
+from hdcache.object_files import ObjectFiles
 from hdcache.schema import ArrayCard, StoredObject
 from hdcache.shards import LEVEL, Codec, Map, shard_bytes
 
@@ -43,11 +43,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def group_metadata(record: Mapping[str, Any]) -> bytes:
-    """``zarr.json`` of a group that carries an hdcache record."""
-    return canonical_json({"zarr_format": 3, "node_type": "group", "attributes": {"hdcache": dict(record)}})
 
 
 class ShardWriter:
@@ -188,7 +183,7 @@ class ArrayReader:
 
     def __init__(
         self,
-        root: Path,
+        files: ObjectFiles | Path,
         key: str,
         shape: Sequence[int],
         dtype: str,
@@ -196,16 +191,17 @@ class ArrayReader:
         shard: int | None,
         pipeline: str | None = None,
     ) -> None:
+        """``files`` has the objects by the keys of ``listed``; a path: those in and below that folder."""
         import zarr
         from zarr.storage import LocalStore
 
-        self._folder, self._key, self._listed, self._shard = root / key, key, listed, shard
+        self._files = ObjectFiles(files) if isinstance(files, Path) else files
+        self._folder, self._key, self._listed, self._shard = self._files.folder(key), key, listed, shard
         self._pipeline = pipeline or read_pipeline()
-        self._proved: set[str] = set()
-        self._proving: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._refuse_fork()
         path = self._folder / "zarr.json"
         metadata = check_array_metadata(path, tuple(shape), dtype, shard, listed.get(f"{key}/zarr.json"))
+        self._layout = known_layout(path, metadata, shard)
         config = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if self._pipeline == "zarrs" else {}
         try:
             # zarr's configuration is global: two threads that set and restore it could leave it changed.
@@ -213,7 +209,7 @@ class ArrayReader:
                 self._array: Any = zarr.open_array(LocalStore(self._folder, read_only=True), mode="r", zarr_format=3)
         except Exception as error:
             raise StoreCorrupt(f"{path}: zarr cannot open it ({_reason(error)}); copy the store again") from error
-        self._layout = ShardLayout.of(metadata) if pipeline is None else None
+        self._straight = self._layout is not None and pipeline is None and ShardLayout.READABLE
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         """Rows ``[start, stop)`` as a fresh array.
@@ -226,18 +222,37 @@ class ArrayReader:
         self._refuse_fork()
         if not 0 <= start <= stop <= self._array.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {self._array.shape[0]}")
-        size = self._shard or max(1, self._array.shape[0])
-        names = [self._name(shard) for shard in range(start // size, (max(stop, start + 1) - 1) // size + 1)]
-        for name in names:
-            self._check(name)
-            self._prove(name)
+        parts = list(self._parts(start, max(stop, start + 1)))
+        for name, base, first, last in parts:
+            self._check(name, first - base, last - base)
+        names = [name for name, *_ in parts]
+        if not self._files.on_disk:
+            return self._rows_of(names, start, stop)
         try:
             found = np.asarray(self._array[start:stop])
         except Exception as error:
             raise self._undecodable(start, stop, error) from error
         for name in names:
-            self._check(name)  # zarr reads zeros from an object that was removed since the first look
+            self._open(name).close()  # zarr reads zeros from an object that was removed since the first look
         return found
+
+    def _rows_of(self, names: Sequence[str], start: int, stop: int) -> NDArray[np.generic]:
+        """As :meth:`rows`, of objects that do not lie in the array's folder: zarr is given their bytes."""
+        import zarr
+        from zarr.core.buffer import default_buffer_prototype
+        from zarr.storage import MemoryStore
+
+        whole = default_buffer_prototype().buffer.from_bytes
+        memory = {"zarr.json": whole((self._folder / "zarr.json").read_bytes())}
+        for name in names:
+            with self._open(name) as file:
+                memory[name] = whole(file.read())
+        try:
+            with _opening, zarr.config.set({}):
+                array: Any = zarr.open_array(MemoryStore(memory, read_only=True), mode="r", zarr_format=3)
+            return np.asarray(array[start:stop])
+        except Exception as error:
+            raise self._undecodable(start, stop, error) from error
 
     def copy_rows(self, start: int, stop: int, into: Sequence[NDArray[np.generic] | None]) -> None:
         """Copy rows ``[start, stop)`` to where each of them is wanted, an array of one row's shape; None: nowhere.
@@ -249,27 +264,23 @@ class ArrayReader:
         """
         if not 0 <= start < stop <= self._array.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {self._array.shape[0]}")
-        if self._layout is None or self._shard is None:
+        if not self._straight or self._layout is None:
             for row, place in zip(self.rows(start, stop), into, strict=True):
                 if place is not None:
                     place[...] = row
             return
         for name, base, first, last in self._parts(start, stop):
-            size = self._check(name)
-            self._prove(name)
-            try:
-                chunk = self._layout.chunk
-                chunks = sorted({(n - base) // chunk for n in range(first, last) if into[n - start] is not None})
-                if not chunks:
-                    continue
-                with open(self._folder / name, "rb", buffering=0) as file:
-                    for row, block in self._layout.read(file.fileno(), size, chunks):
+            chunk = self._layout.chunk
+            chunks = sorted({(n - base) // chunk for n in range(first, last) if into[n - start] is not None})
+            with self._open(name) as file:
+                try:
+                    for row, block in self._layout.read(file.fileno(), self._size(name), chunks):
                         for number in range(max(first, base + row), min(last, base + row + len(block))):
                             place = into[number - start]
                             if place is not None:
                                 place[...] = block[number - base - row]
-            except Exception as error:
-                raise self._undecodable(start, stop, error) from error
+                except Exception as error:
+                    raise self._undecodable(start, stop, error) from error
 
     def expect_rows(self, start: int, stop: int) -> None:
         """Have the system fetch rows ``[start, stop)``, which :meth:`copy_rows` will read soon, without waiting for them.
@@ -277,14 +288,36 @@ class ArrayReader:
         Else the disk rests while a thread decodes, and the thread while the disk reads. What is wrong with them is for
         :meth:`copy_rows` to say.
         """
-        if self._layout is None or self._shard is None:
+        if not self._straight or self._layout is None:
             return
         for name, base, first, last in self._parts(start, stop):
+            key = f"{self._key}/{name}"
+            if (file := self._files.expect(key, self._listed.get(key))) is None:
+                continue
             chunks = range((first - base) // self._layout.chunk, (last - 1 - base) // self._layout.chunk + 1)
-            with suppress(StoreCorrupt, OSError, ValueError):
-                size = self._check(name)
-                with open(self._folder / name, "rb", buffering=0) as file:
-                    self._layout.expect(file.fileno(), size, chunks)
+            with suppress(OSError, ValueError), file:
+                self._layout.expect(file.fileno(), self._size(name), chunks)
+
+    def _check(self, name: str, start: int, stop: int) -> None:
+        """Have an object proven, and measured what zarr will make of the rows ``[start, stop)`` that it holds."""
+        with self._open(name) as file:
+            if self._layout is None:
+                size = math.prod(self._array.shape) * self._array.dtype.itemsize
+                if self._size(name) not in (size, size + 4):
+                    raise StoreCorrupt(f"{self._folder}/{name}: {self._size(name)} bytes do not hold {size} of values")
+            elif ShardLayout.READABLE:
+                chunks = range(start // self._layout.chunk, (stop - 1) // self._layout.chunk + 1)
+                try:
+                    self._layout.check(file.fileno(), self._size(name), chunks)
+                except ValueError as error:
+                    raise self._undecodable(start, stop, error) from error
+
+    def _open(self, name: str) -> BinaryIO:
+        key = f"{self._key}/{name}"
+        return self._files.open(key, self._listed.get(key))
+
+    def _size(self, name: str) -> int:
+        return self._listed[f"{self._key}/{name}"].size
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
         """Shards of rows ``[start, stop)``: object, its first row, and the rows of it that are meant."""
@@ -307,42 +340,6 @@ class ArrayReader:
                 "this process was forked after hdcache was imported, and the Rust reader hangs in such a child; "
                 "use threads, or multiprocessing with the 'spawn' or 'forkserver' start method"
             )
-
-    def _check(self, name: str) -> int:
-        """The size of an object, which must be there and as large as listed."""
-        path, listed = self._folder / name, self._listed.get(f"{self._key}/{name}")
-        if listed is None:
-            raise StoreCorrupt(f"{path}: not listed in the manifest; the store was changed after it was sealed")
-        try:
-            found = path.stat().st_size
-        except FileNotFoundError:
-            raise StoreCorrupt(
-                f"{path}: missing, expected {listed.size} bytes; copy the store again or rerun 'hdcache extract'"
-            ) from None
-        except OSError as error:
-            raise StoreCorrupt(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
-        if found != listed.size:
-            raise StoreCorrupt(
-                f"{path}: {found} bytes, expected {listed.size}; copy the store again or rerun 'hdcache extract'"
-            )
-        return found
-
-    def _prove(self, name: str) -> None:
-        """Compare an object's sha256 when it is first read: nothing else tells a shard from its equally long sibling."""
-        if name in self._proved:
-            return
-        with self._proving[name]:
-            if name in self._proved:
-                return
-            path, listed = self._folder / name, self._listed[f"{self._key}/{name}"]
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != listed.sha256:
-                raise StoreCorrupt(
-                    f"{path}: sha256 {found[:12]}..., expected {listed.sha256[:12]}...; run 'hdcache verify' to list the "
-                    "damaged objects, then copy the store again"
-                )
-            self._proved.add(name)
 
 
 def _reason(error: Exception) -> str:

@@ -15,8 +15,8 @@ from hdcache.errors import InputNotFound, StoreMismatch, UnreadableImage
 from hdcache.host_memory import HostMemory
 from hdcache.options import Options
 from hdcache.photometric import draw_photometric
-from hdcache.reader import MASK_ARRAY
 from hdcache.rendering import Pixels, Rendering, input_shape
+from hdcache.row_arrays import MASK_ARRAY
 from hdcache.runs import Runs
 from hdcache.samples import Recorded
 from hdcache.stages import Stages

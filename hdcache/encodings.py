@@ -33,6 +33,7 @@ from hdcache import klt
 from hdcache.klt_decoding import Blocks, by_token, positions, unfold
 from hdcache.plain_encodings import Parts as Parts
 from hdcache.plain_encodings import Stored, decode_plain, encode_plain
+from hdcache.row_arrays import codec_of, compresses
 from hdcache.schema import ArrayCard, Certificate, TapCard, TapRequest
 from hdcache.shards import CHUNK_ROWS, Codec, rows_together
 from hdcache.soft_labels import (
@@ -331,15 +332,3 @@ def _compressed(card: TapCard, name: str, parts: Sequence[NDArray[np.generic]]) 
     together = rows_together(CHUNK_ROWS, parts[0][:1].nbytes, codec) // MEASURED_ROWS
     runs = (np.concatenate(parts[start : start + together]) for start in range(0, len(parts), together))
     return sum(len(klt.compressed(run, *codec)) for run in runs)
-
-
-def codec_of(card: TapCard, name: str) -> Codec | None:
-    """What compresses array ``name`` of a tap; None: nothing does."""
-    if not compresses(card.arrays[name].dtype, name):
-        return None
-    return Codec(card.block_bytes, card.typesize if name == "codes" else 0)
-
-
-def compresses(dtype: str, name: str) -> bool:
-    """Whether a per-row array is worth a codec: integer codes are, float mantissas are nearly noise."""
-    return name == "wide" or (dtype in ("int8", "int16", "uint8") and name != "prefix")

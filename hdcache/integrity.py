@@ -1,170 +1,24 @@
-"""Receipts, manifests, the seal, and whole-store verification.
-
-A *ledger* is a folder of shards that are written one by one: ``views/K`` (the geometry of a view),
-``teachers/NAME/views/K`` (a teacher's rows) or ``samples/pixels`` (the samples themselves). A receipt is written after its shard's objects are durable, so
-"the shards without a receipt" is exactly the work that is left. A manifest seals the ledger.
-"""
+"""Whole-store verification: every object that a store lists, against what it lists."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hdcache.arrays import read_json, read_record
-from hdcache.durable import PARTIAL, durable_move, durable_unlink, durable_write, stored_object
+from hdcache.array_metadata import contained, read_json
 from hdcache.errors import HdcacheError, StoreCorrupt
-from hdcache.schema import Manifest, Receipt, StoredObject
+from hdcache.index import CROISSANT, HELD, INDEX, held_taps, is_held, read_index
+from hdcache.ledgers import MANIFEST as MANIFEST
+from hdcache.ledgers import RECEIPTS as RECEIPTS
+from hdcache.ledgers import SAMPLES_RECEIPT, file_size, total_of
+from hdcache.ledgers import Ledger as Ledger
+from hdcache.ledgers import teacher_ledger as teacher_ledger
+from hdcache.ledgers import view_ledger as view_ledger
+from hdcache.schema import Receipt, StoredObject
 from hdcache.store import ABOUT, LEASE, PIXELS, Store, is_view
-
-RECEIPTS, MANIFEST, _SAMPLES = "receipts", "manifest.json", "samples/receipt.json"
-
-
-@dataclass
-class _Sum:
-    """What a ledger's receipts say together."""
-
-    covered: int = 0
-    """Rows from 0 up to the first gap or overlap."""
-    objects: dict[str, StoredObject] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-    saturated: int = 0
-
-
-def _sum(key: str, receipts: Iterable[Receipt]) -> _Sum:
-    total = _Sum()
-    for receipt in sorted(receipts, key=lambda receipt: receipt.rows):
-        total.covered = receipt.rows[1] if receipt.rows[0] == total.covered else total.covered
-        total.objects |= {f"{key}/{name}": value for name, value in receipt.objects.items()}
-        total.failed |= receipt.failed
-        total.saturated += receipt.saturated
-    return total
-
-
-def _size(path: str) -> int | None:
-    """Bytes of a file; None where there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-class Ledger:
-    """The receipts and the seal of one folder of shards."""
-
-    def __init__(self, root: Path, key: str) -> None:
-        self.root, self.key, self.folder = root, key, root / key
-
-    def receipt(self, shard: int) -> Receipt | None:
-        """The receipt of a shard, or None where the shard is not complete (an object gone or of another size)."""
-        path = self.folder / RECEIPTS / f"{shard}.json"
-        if not path.is_file():
-            return None
-        receipt = Receipt.parse(read_json(path), path)
-        if receipt.shard != shard:
-            raise StoreCorrupt(f"{path}: the receipt of shard {receipt.shard}; delete it and rerun 'hdcache extract'")
-        if any(_size(f"{self.folder}/{key}") != listed.size for key, listed in receipt.objects.items()):
-            return None
-        return receipt
-
-    def record(self, receipt: Receipt) -> None:
-        """Write a shard's receipt; its objects must be durable already."""
-        durable_write(self.folder / RECEIPTS / f"{receipt.shard}.json", receipt.canonical())
-
-    def unseal(self) -> None:
-        """Withdraw the seal before rows that failed are tried again."""
-        durable_unlink(self.folder / MANIFEST)
-
-    def withdraw(self, shard: int) -> None:
-        """Forget that a shard is complete, before its objects are overwritten: a kill must not leave a false receipt."""
-        durable_unlink(self.folder / RECEIPTS / f"{shard}.json")
-
-    def aside(self, key: str) -> Path:
-        """Where an object is written until :meth:`replace`, so that a kill leaves the old shard or the new one, whole."""
-        path = self.folder / key
-        return path.with_name(f".{path.name}.next{PARTIAL}")
-
-    def replace(self, receipt: Receipt) -> None:
-        """Put a shard whose objects lie :meth:`aside`, durable, in the place of what was there; its receipt comes last."""
-        durable_write(self.aside(f"{RECEIPTS}/{receipt.shard}.json"), receipt.canonical())
-        self.settle(receipt.shard)
-
-    def settle(self, shard: int) -> None:
-        """Finish what a kill cut short in :meth:`replace`. Only who may write the shard may call it."""
-        path = self.aside(f"{RECEIPTS}/{shard}.json")
-        if not path.is_file():
-            return
-        receipt = Receipt.parse(read_json(path), path)
-        self.unseal()
-        self.withdraw(shard)
-        for key in receipt.objects:
-            if (written := self.aside(key)).is_file():
-                durable_move(written, self.folder / key)
-        durable_move(path, self.folder / RECEIPTS / f"{shard}.json")
-
-    def seal(
-        self,
-        receipts: Iterable[Receipt],
-        static: Mapping[str, StoredObject],
-        *,
-        teacher: str,
-        identity: str,
-        view: int,
-        rows: int,
-    ) -> Manifest:
-        """Write the manifest, last and create-only; an equal one is left as it is.
-
-        ``static`` lists objects by key relative to the store's root: metadata, constants, weights.
-        """
-        total = _sum(self.key, receipts)
-        if total.covered != rows:
-            raise StoreCorrupt(
-                f"{self.folder}: receipts cover {total.covered} of {rows} rows; run the same 'hdcache extract' again"
-            )
-        manifest = Manifest(
-            teacher=teacher,
-            identity=identity,
-            view=view,
-            rows=rows,
-            objects=dict(sorted({**self._records(teacher), **static, **total.objects}.items())),
-            failed=dict(sorted(total.failed.items())),
-            saturated=total.saturated,
-        )
-        try:
-            durable_write(self.folder / MANIFEST, manifest.canonical(), create_only=True)
-        except FileExistsError:
-            if self.manifest().digest() != manifest.digest():
-                raise StoreCorrupt(
-                    f"{self.folder / MANIFEST}: already sealed with other content; run 'hdcache verify'"
-                ) from None
-        return manifest
-
-    def _records(self, teacher: str) -> dict[str, StoredObject]:
-        """The records that this seal rests on and that never change; the manifest's digest covers them too."""
-        keys = ["zarr.json", "samples/zarr.json", _SAMPLES] + [f"teachers/{teacher}/zarr.json"] * bool(teacher)
-        found = {key: read_record(self.root / key) for key in keys if (self.root / key).is_file()}
-        return {key: stored_object(data) for key, data in found.items()}
-
-    @property
-    def sealed(self) -> bool:
-        return (self.folder / MANIFEST).is_file()
-
-    def manifest(self) -> Manifest:
-        return Manifest.parse(read_json(self.folder / MANIFEST), self.folder / MANIFEST)
-
-
-def view_ledger(store: Store, view: int) -> Ledger:
-    """The ledger of a view's geometry."""
-    return Ledger(store.path, f"views/{view}")
-
-
-def teacher_ledger(store: Store, teacher: str, view: int) -> Ledger:
-    """The ledger of one teacher's rows of one view."""
-    return Ledger(store.path, f"teachers/{teacher}/views/{view}")
 
 
 @dataclass
@@ -191,11 +45,20 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
     that nothing lists. ``progress`` is told the bytes that are checked and those that are listed.
     """
     result = Verification()
-    records = {"zarr.json", _SAMPLES, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json"}
+    records = {"zarr.json", SAMPLES_RECEIPT, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json"}
     for name in _folders(store.path / "teachers"):
-        _check_teacher(store, name, result)
-    sizes = dict(_files(str(store.path)))
+        if name in store.teachers() or any(store.path.glob(f"teachers/{name}/views/*/{MANIFEST}")):
+            _check_teacher(store, name, result)
+        else:  # begun by an extraction or a copy that was stopped
+            result.unsealed.append(f"teachers/{name}")
+    sizes = dict(_files(store.path, result))
     listed = _listed(store, [key for key in sizes if key.endswith("/zarr.json")], result)
+    try:
+        read_index(store.path)
+    except StoreCorrupt as error:
+        result.faults.append(str(error))
+    partial = _partial_copies(store, result)
+    listed = {key: entry for key, entry in listed.items() if all(is_held(key, *held) for held in partial)}
     total, done = sum(entry.size for entry in listed.values()), 0
     for key, expected in sorted(listed.items()):
         _check_object(f"{store.path}/{key}", sizes.get(key), expected, result, quick=quick)
@@ -205,23 +68,32 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
     signs = (".lock", ".owner", LEASE)
     for key in sizes:
         name = key.rpartition("/")[2]
-        own = name in (MANIFEST, "zarr.json", ABOUT) or f"/{RECEIPTS}/" in key or name.endswith(signs)
+        own = (
+            name in (MANIFEST, "zarr.json", ABOUT, INDEX, HELD, CROISSANT)
+            or f"/{RECEIPTS}/" in key
+            or name.endswith(signs)
+        )
         if key not in listed and key not in records and not own:
             result.unlisted.append(key)
     return result
 
 
-def _files(folder: str, prefix: str = "") -> Iterator[tuple[str, int | None]]:
-    """Key and size of every file below a folder, each looked at once; None for what is no file."""
+def _files(root: Path, result: Verification, prefix: str = "") -> Iterator[tuple[str, int | None]]:
+    """Key and size of every file of a store, each looked at once; None for what is no file. Links out of it are faults."""
     inner = []
-    with os.scandir(folder) as entries:
+    with os.scandir(root / prefix) as entries:
         for entry in entries:
+            if entry.is_symlink():
+                try:
+                    contained(root, prefix + entry.name)
+                except StoreCorrupt as error:
+                    result.faults.append(str(error))
             if entry.is_dir(follow_symlinks=False):
                 inner.append(entry.name)
             else:
-                yield prefix + entry.name, _size(entry.path)
+                yield prefix + entry.name, file_size(entry.path)
     for name in inner:
-        yield from _files(f"{folder}/{name}", f"{prefix}{name}/")
+        yield from _files(root, result, f"{prefix}{name}/")
 
 
 def _listed(store: Store, metadata: Collection[str], result: Verification) -> dict[str, StoredObject]:
@@ -231,7 +103,7 @@ def _listed(store: Store, metadata: Collection[str], result: Verification) -> di
     """
     listed: dict[str, StoredObject] = {}
     try:
-        samples = Receipt.parse(read_json(store.path / _SAMPLES), store.path / _SAMPLES)
+        samples = Receipt.parse(read_json(store.path / SAMPLES_RECEIPT), store.path / SAMPLES_RECEIPT)
         listed |= {f"samples/{key}": value for key, value in samples.objects.items()}
     except StoreCorrupt as error:
         result.faults.append(str(error))
@@ -251,7 +123,23 @@ def _ledgers(root: Path) -> list[str]:
     return own + [f"{key}/{name}" for key in keys for name in _folders(root / key) if is_view(name)]
 
 
+def _partial_copies(store: Store, result: Verification) -> list[tuple[str, frozenset[str]]]:
+    """Teachers of whom this copy has some taps only, and which."""
+    found = []
+    for name in store.teachers():
+        try:
+            if (taps := held_taps(store, name)) is not None:
+                found.append((name, taps))
+        except StoreCorrupt as error:
+            result.faults.append(str(error))
+    return found
+
+
 def _check_teacher(store: Store, name: str, result: Verification) -> None:
+    folder = store.path / "teachers" / name
+    if not (folder / "zarr.json").exists() and not any(folder.glob(f"views/*/{MANIFEST}")):
+        result.unsealed.append(f"teachers/{name}")  # its constants are written first; a kill came before its record
+        return
     try:
         record = store.teacher(name)
     except HdcacheError as error:
@@ -264,7 +152,10 @@ def _check_teacher(store: Store, name: str, result: Verification) -> None:
 def _check_ledger(store: Store, ledger: Ledger, metadata: set[str], result: Verification) -> dict[str, StoredObject]:
     """Compare the records of a ledger with each other; returns the objects that they list."""
     before = len(result.faults)
-    total = _sum(ledger.key, receipts := _receipts(ledger, result))
+    try:
+        total = total_of(ledger.key, receipts := _receipts(ledger, result))
+    except StoreCorrupt:
+        return {}  # its folder is a link, which is a fault already
     if not ledger.sealed:
         result.unsealed.append(ledger.key)
         return total.objects
@@ -304,7 +195,7 @@ def _resting(store: Store, ledger: Ledger, teacher: str, metadata: set[str]) -> 
     try:
         return (
             metadata
-            | ledger._records(teacher).keys()
+            | ledger.records(teacher).keys()
             | ({f"teachers/{teacher}/{key}" for key in store.teacher(teacher).objects} if teacher else set())
         )
     except HdcacheError:
@@ -331,7 +222,7 @@ def _receipts(ledger: Ledger, result: Verification) -> list[Receipt]:
 
 def _check_object(path: str, found: int | None, expected: StoredObject, result: Verification, *, quick: bool) -> None:
     result.objects += 1
-    found = _size(path) if found is None else found  # below a folder that is a link
+    found = file_size(path) if found is None else found  # below a folder that is a link
     if found is None:
         result.faults.append(f"{path}: missing, expected {expected.size} bytes")
         return

@@ -21,10 +21,11 @@ from hdcache.collation import Collator, Table
 from hdcache.datasets import Dataset
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.finishing import Finisher
+from hdcache.geometry import geometry_manifest, read_geometry, sealed_geometry
 from hdcache.host_memory import HostMemory
 from hdcache.options import Options
 from hdcache.order import epoch_order, rank_slice
-from hdcache.reader import TeacherReader, geometry_manifest, read_geometry, sealed_geometry
+from hdcache.reader import TeacherReader
 from hdcache.rendering import Rendering
 from hdcache.resources import memory_budget
 from hdcache.runs import RUN_ROWS, Runs

@@ -18,23 +18,22 @@ import hashlib
 import io
 import os
 from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hdcache.arrays import ArrayReader
+from hdcache.arrays import ArrayReader, ShardWriter
 from hdcache.dataset_rows import Listed
 from hdcache.dataset_specs import Spec
 from hdcache.errors import StoreCorrupt, UnreadableImage
 from hdcache.integrity import Ledger
 from hdcache.pixels import Proven, Source, check_array
 from hdcache.records import canonical_json
-from hdcache.schema import StoredObject
+from hdcache.schema import ArrayCard, StoredObject
+from hdcache.shards import Codec
 from hdcache.store import PIXELS, Store
 from hdcache.views import row_order
 
@@ -77,6 +76,19 @@ def bytes_metadata(count: int) -> bytes:
     )
 
 
+def array_writers(store: Store) -> dict[str, ShardWriter]:
+    """Of :data:`INDEX` and :data:`DIGEST`, by key."""
+    count, shard = store.card.dataset.count, store.card.rows_per_shard
+    named = {"hdcache": {"columns": list(COLUMNS)}}
+    found = {
+        INDEX: ShardWriter(count, ArrayCard(shape=(2,), dtype="int64"), shard, shard, codec=Codec(), attributes=named),
+        DIGEST: ShardWriter(count, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=None, attributes={}),
+    }
+    for key, writer in found.items():
+        writer.follow(store.path / key / "zarr.json")
+    return found
+
+
 def packed(source: Source) -> tuple[bytes, int]:
     """What is stored of a sample, and its form; :class:`UnreadableImage` for an array that is no image."""
     if isinstance(source, bytes):
@@ -116,10 +128,10 @@ class Packed:
 
     def __init__(self, store: Store, objects: Mapping[str, StoredObject], failed: Mapping[int, str]) -> None:
         """``objects`` and ``failed`` are those of a manifest, or of receipts, with keys relative to the store's root."""
-        self._root, self._objects, self._failed = store.path, objects, failed
+        self._root, self._files, self._objects, self._failed = store.path, store.files, objects, failed
         self._rows, self._size = store.card.dataset.count, store.card.rows_per_shard
         self._index, self._digest = (
-            ArrayReader(store.path, key, (self._rows, width), dtype, objects, self._size)
+            ArrayReader(store.files, key, (self._rows, width), dtype, objects, self._size)
             for key, width, dtype in ((INDEX, len(COLUMNS), "int64"), (DIGEST, 32, "uint8"))
         )
         self._shards: dict[int, _Shard] = {}
@@ -142,7 +154,12 @@ class Packed:
         shard = self._shards[number]
         start, stop = int(shard.ends[place - 1]) if place else 0, int(shard.ends[place])
         path = self._root / PIXELS / bytes_key(number)
-        data = Proven(_range(path, start, stop))
+        key = f"{PIXELS}/{bytes_key(number)}"
+        try:
+            with self._files.unproved(key, self._objects.get(key)) as file:
+                data = Proven(_range(file.fileno(), start, stop))
+        except OSError as error:
+            raise StoreCorrupt(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
         data.sha256 = shard.digests[place].tobytes()
         if hashlib.sha256(data).digest() != data.sha256:
             raise StoreCorrupt(
@@ -162,41 +179,21 @@ class Packed:
         start = number * self._size
         stop = min(start + self._size, self._rows)
         sizes, forms = self._index.rows(start, stop).astype(np.int64).T
-        path = self._root / PIXELS / bytes_key(number)
         listed = self._objects.get(f"{PIXELS}/{bytes_key(number)}")
         # Numbers of a store are untrusted: lengths that lie within the object cannot overflow their sum, which must fill it.
         sound = listed is not None and bool(((sizes >= 0) & (sizes <= listed.size)).all())
         if listed is None or not sound or int(sizes.sum()) != listed.size or not np.isin(forms, (_FILE, *_MODES)).all():
             raise StoreCorrupt(f"{self._root / INDEX}: shard {number} does not fit its bytes; copy the store again")
-        with _reading(path):
-            found = path.stat().st_size
-        if found != listed.size:
-            raise StoreCorrupt(f"{path}: {found} bytes, expected {listed.size}; copy the store again")
         return _Shard(np.cumsum(sizes), forms, self._digest.rows(start, stop).astype(np.uint8))
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise StoreCorrupt(f"{path}: missing; copy the store again") from None
-    except OSError as error:
-        raise StoreCorrupt(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
-
-
-def _range(path: Path, start: int, stop: int) -> bytes:
-    """Bytes ``[start, stop)`` of a file, as far as there are any."""
-    with _reading(path):
-        number = os.open(path, os.O_RDONLY)
-        try:
-            parts = []
-            while start < stop and (part := os.pread(number, stop - start, start)):
-                parts.append(part)
-                start += len(part)
-            return b"".join(parts)
-        finally:
-            os.close(number)
+def _range(file: int, start: int, stop: int) -> bytes:
+    """Bytes ``[start, stop)`` of an open file, as far as there are any."""
+    parts = []
+    while start < stop and (part := os.pread(file, stop - start, start)):
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
 
 
 def packed_dataset(store: Store) -> Listed | None:
@@ -204,7 +201,7 @@ def packed_dataset(store: Store) -> Listed | None:
     ledger, card = pixels_ledger(store), store.card.dataset
     if not ledger.sealed:
         return None
-    manifest = ledger.manifest()
+    manifest = ledger.proved_manifest()
     if manifest.rows != card.count or not ((store.labels >= -1) & (store.labels < len(card.classes))).all():
         raise StoreCorrupt(f"{ledger.folder}: does not fit the samples and classes of the store; copy the store again")
     rows = np.empty(card.count, np.int64)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from hdcache.row_arrays import Parts as Parts
 
 HALF_MAX = 65504.0
 
-Parts = dict[str, NDArray[np.generic]]
-"""Stored arrays of some rows, on the host."""
 Stored = dict[str, Tensor]
 """The same on any device; unsigned integers may lie there as signed ones with the same bits."""
 

@@ -78,6 +78,41 @@ class GrownRecord(Record):
         return {name: value for name, value in spell(self).items() if name not in silent}
 
 
+class CheckedRecord(GrownRecord):
+    """A record that nothing else vouches for: its file also holds the sha256 of all that it says.
+
+    ``check`` exists on disk only: :meth:`parse` compares and drops it, :meth:`checked` spells it. Records of earlier versions
+    have none.
+    """
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"check"})
+
+    check: str = ""
+
+    def checked(self) -> bytes:
+        """What is written: :meth:`canonical`, with its sha256 in the field ``check``."""
+        return canonical_json(self.model_dump(mode="json") | {"check": self.digest()})
+
+    @classmethod
+    def parse(cls, data: object, where: str | Path) -> Self:
+        found = super().parse(data, where)
+        if not found.check:
+            return found
+        # What was read is compared, not what was understood: a manifest of many objects is not spelled out twice.
+        told = {key: value for key, value in data.items() if key != "check"} if isinstance(data, dict) else None
+        if record_check(told) != found.check:
+            raise StoreCorrupt(f"{where}: altered since it was written (its check differs); copy the store again")
+        return found.model_copy(update={"check": ""})
+
+
+def record_check(record: Any) -> str:
+    """sha256 of a record in its canonical spelling; empty for what has none."""
+    try:
+        return hashlib.sha256(canonical_json(record)).hexdigest()
+    except ValueError:  # NaN, a lone surrogate
+        return ""
+
+
 def canonical_json(value: Any) -> bytes:
     """Sorted keys, no spaces, UTF-8: equal values have equal bytes."""
     return _ENCODER.encode(value).encode()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from hdcache.records import MAX_VALUES, Facts, GrownRecord, Record, canonical_json, check_key
+from hdcache.records import MAX_VALUES, CheckedRecord, Facts, GrownRecord, Record, canonical_json, check_key
 
 FORMAT = 1
 
@@ -318,7 +318,7 @@ class TeacherRecord(Record):
         return hashlib.sha256(canonical_json(self.identity())).hexdigest()
 
 
-class Receipt(Record):
+class Receipt(CheckedRecord):
     """Proof that one shard is complete; written after its objects are durable."""
 
     shard: int = Field(ge=0)
@@ -331,7 +331,7 @@ class Receipt(Record):
     """Values clipped to their integer range while encoding."""
 
 
-class Manifest(Record):
+class Manifest(CheckedRecord):
     """The seal of one (teacher, view): every object with size and sha256."""
 
     format: int = FORMAT

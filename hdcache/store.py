@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from hdcache.arrays import ArrayReader, group_metadata, read_attributes, read_json, write_constant
+from hdcache.array_metadata import contained, group_metadata, read_attributes, read_json
+from hdcache.arrays import ArrayReader, write_constant
 from hdcache.durable import durable_write, sync_folder
-from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
+from hdcache.leases import lease
+from hdcache.object_files import ObjectFiles
 from hdcache.records import NAME, Record, check_name
 from hdcache.schema import FORMAT, Receipt, StoreCard, StoredObject, TeacherRecord, ViewSpec
 
@@ -72,12 +75,24 @@ def read_about(folder: Path) -> About:
         return About()
 
 
+def _newer(root: Path) -> str:
+    """How to install a version that reads the store at ``root``: at least the one that made it, where that is known."""
+    try:
+        made_with = read_json(root / ABOUT)["written_with"]["hdcache"]
+    except (StoreCorrupt, LookupError, TypeError):
+        made_with = None
+    known = isinstance(made_with, str) and re.fullmatch(r"\d+(\.\w+){0,4}", made_with)
+    return f"pip install 'hdcache>={made_with}'" if known else "pip install -U hdcache"
+
+
 class Store:
     """A store folder, opened. Cheap: reads only the root record until something is asked for."""
 
-    def __init__(self, path: Path, card: StoreCard, about: About) -> None:
+    def __init__(self, path: Path, card: StoreCard, about: About, files: ObjectFiles | None = None) -> None:
+        """``files`` has the objects that are no records, where they do not lie in the folder."""
         data = card.dataset.model_copy(update={"spec": about.data})
         self.path, self.card, self.about = path, card.model_copy(update={"dataset": data}), about
+        self.files = files or ObjectFiles(path)
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -106,9 +121,7 @@ class Store:
             raise InputNotFound(f"{root}: a Zarr group, but not an hdcache store (no 'hdcache' attribute)")
         version = record.get("format")
         if isinstance(version, int) and version > FORMAT:
-            raise StoreMismatch(
-                f"{root}: store format {version}, this hdcache reads up to {FORMAT}; 'pip install -U hdcache'"
-            )
+            raise StoreMismatch(f"{root}: store format {version}, this hdcache reads up to {FORMAT}; {_newer(root)}")
         return cls(root, StoreCard.parse(record, root / "zarr.json"), read_about(root))
 
     @classmethod
@@ -141,7 +154,7 @@ class Store:
         for name, value in arrays.items():
             objects |= write_constant(root / "samples", name, value)
         receipt = Receipt(shard=0, rows=(0, len(ids)), objects=objects)
-        durable_write(root / "samples" / "receipt.json", receipt.canonical())
+        durable_write(root / "samples" / "receipt.json", receipt.checked())
         for group in ("samples", "views", "teachers"):
             durable_write(root / group / "zarr.json", group_metadata({}))
         about = About(data=card.dataset.spec, written_with=dict(written_with or {}))
@@ -160,7 +173,7 @@ class Store:
             if chunk is None:
                 raise StoreCorrupt(f"{self.path}/samples/receipt.json: {name} is not listed")
             count = chunk.size - 4  # one byte a value, and the crc32c
-        return ArrayReader(self.path / "samples", name, (count,), dtype, listed, None).rows(0, count)
+        return ArrayReader(self.files.below("samples"), name, (count,), dtype, listed, None).rows(0, count)
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
@@ -198,7 +211,7 @@ class Store:
 
     def teacher(self, name: str) -> TeacherRecord:
         """The record of one teacher; :class:`InputNotFound` lists those that exist."""
-        path = self.teacher_path(name) / "zarr.json"
+        path = contained(self.path, f"teachers/{check_name(name, 'teacher')}") / "zarr.json"
         if not path.is_file():
             known = ", ".join(self.teachers()) or "none"
             raise InputNotFound(
@@ -235,12 +248,14 @@ class Store:
         ------
         StoreLocked
             when another process has it.
+        StoreCorrupt
+            when a link in it leads out of the store, where nothing may be written.
         StoreMismatch
             when another process has withdrawn this store (:meth:`withdraw`) and made it anew with other settings.
         """
         # No teacher's name holds a plus.
         own = PIXELS.replace("/", "+") if name == PIXELS else check_name(name, "teacher")
-        with write_lock(self.path / f".{own}.lock"):
+        with lease(self.path / f".{own}.lock"):
             # Who withdraws holds this lock, and leaves a store alone whose teachers' locks are taken.
             with filelock.FileLock(self.path / ROOT_LOCK):
                 same = (self.path / "zarr.json").is_file() and _lasting(Store.open(self.path).card) == _lasting(
@@ -250,6 +265,9 @@ class Store:
                 raise StoreMismatch(
                     f"{self.path}: another process made it anew with other settings; run the same command again"
                 )
+            for key in (PIXELS, "views", "teachers" if name == PIXELS else f"teachers/{name}"):
+                for link in _folder_links(contained(self.path, key)):
+                    contained(self.path, link.relative_to(self.path).as_posix())
             (self.path / f".{own}{LEASE}").unlink(missing_ok=True)
             yield
 
@@ -278,6 +296,18 @@ class Store:
             return True
 
 
+def _folder_links(folder: Path) -> Iterator[Path]:
+    """Links in place of folders, in and below a folder."""
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and entry.is_dir():
+                yield Path(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                yield from _folder_links(Path(entry.path))
+
+
 def _lasting(card: StoreCard) -> StoreCard:
     """A card without where the data lies, which may change."""
     return card.model_copy(update={"dataset": card.dataset.model_copy(update={"spec": ""})})
@@ -286,30 +316,3 @@ def _lasting(card: StoreCard) -> StoreCard:
 def is_view(name: str) -> bool:
     """Whether a folder's name is the number of a view as hdcache spells it."""
     return name.isascii() and name.isdecimal() and str(int(name)) == name
-
-
-@contextmanager
-def write_lock(path: Path) -> Iterator[None]:
-    """An exclusive, crash-safe file lock; :class:`StoreLocked` names the process that holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=0)
-    owner = path.with_suffix(".owner")
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        try:
-            who = owner.read_text().strip() or "another process"
-        except OSError:
-            who = "another process"
-        raise StoreLocked(
-            f"{path.parent} is being written by {who}; wait for it, or stop it and run the same command again"
-        ) from None
-    try:
-        # The note is for people; a full disk or a read-only mount is the work's to report.
-        with suppress(OSError):
-            owner.write_text(f"process {os.getpid()} on {platform.node()}")
-        yield
-    finally:
-        with suppress(OSError):
-            owner.unlink(missing_ok=True)
-        lock.release()

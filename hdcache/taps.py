@@ -22,7 +22,6 @@ Student and teacher go through the same code, with and without gradient.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,22 +31,14 @@ from torch import Tensor, nn
 
 from hdcache.errors import UsageError
 from hdcache.relations import relation, split_part
+from hdcache.tap_names import BRANCHES, READS_ATTENTION
+from hdcache.tap_names import TapName as TapName
+from hdcache.tap_names import parse_tap as parse_tap
 
 if TYPE_CHECKING:
     # Seconds to load, and not needed to read a store or to list recipes.
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block
-
-_NAME = re.compile(
-    r"block(?P<block>[1-9][0-9]{0,3})\.(?P<what>out|attn_in|qkv|attn_out|mid|mlp_out"
-    r"|rel\.(?P<kind>qk|vv|qq|kk)(@(?P<heads>[1-9][0-9]{0,3}))?)"
-)
-GRAMMAR = (
-    "blockN.out, blockN.attn_in, blockN.qkv, blockN.attn_out, blockN.mid, blockN.mlp_out, "
-    "blockN.rel.qk|vv|qq|kk[@HEADS], final, pooled, logits"
-)
-READS_ATTENTION = ("attn_in", "qkv", "rel")
-BRANCHES = ("attn_out", "mid", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -95,41 +86,9 @@ class Coded:
         return found
 
 
-@dataclass(frozen=True)
-class TapName:
-    """A parsed tap name. ``block`` is 1-based, 0 for the names that belong to no block."""
-
-    name: str
-    block: int
-    what: str
-    """out, attn_in, qkv, attn_out, mid, mlp_out, rel, final, pooled or logits."""
-    kind: str = ""
-    """qk, vv, qq or kk where ``what`` is rel."""
-    heads: int | None = None
-    """Heads to split into, where asked for (``@H``)."""
-
-    @property
-    def is_tokens(self) -> bool:
-        return self.what in ("out", "attn_in", "qkv", *BRANCHES, "final")
-
-
 Drop = Callable[[int, Tokens], Tensor | None]
 """Called after block N (1-based) with its output: int64 [B, K] ascending positions of the patch tokens to go on with,
 or None to keep all."""
-
-
-def parse_tap(name: str, depth: int | None = None) -> TapName:
-    """Parse a tap name; with ``depth``, a block beyond it is a :class:`UsageError` too."""
-    if name in ("final", "pooled", "logits"):
-        return TapName(name, 0, name)
-    match = _NAME.fullmatch(name)
-    if not match:
-        raise UsageError(f"unknown tap {name!r}; taps are {GRAMMAR}")
-    block = int(match["block"])
-    if depth is not None and block > depth:
-        raise UsageError(f"tap {name!r}: the network has {depth} blocks, block1 to block{depth}")
-    heads = int(match["heads"]) if match["heads"] else None
-    return TapName(name, block, "rel" if match["kind"] else match["what"], match["kind"] or "", heads)
 
 
 def num_blocks(model: nn.Module) -> int:

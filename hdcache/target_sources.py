@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hdcache.errors import UsageError
-from hdcache.reader import MASK_ARRAY, TeacherReader, mask_array
+from hdcache.errors import InputNotFound, UsageError
+from hdcache.reader import TeacherReader
+from hdcache.row_arrays import MASK_ARRAY, mask_array
 from hdcache.schema import ArrayCard, TeacherRecord
 from hdcache.store import Store
 from hdcache.taps import Tokens, parse_tap
@@ -52,18 +53,21 @@ class StoredTargets:
         self.reader, self.name, self.dtype = reader, reader.name, dtype
         record = reader.record
         self.masked = record.card.mask is not None
-        plan = plan_targets(
-            targets,
-            list(record.taps),
-            depth=record.card.depth,
-            teacher=self.name,
-            store=str(reader.store.path),
-            command=reader.store.extract_command(),
-            again=reader.store.free_name(self.name),
-            model=record.source or "MODEL",
-            options=as_extracted(record),
-            fields=fields,
-        )
+        try:
+            plan = plan_targets(
+                targets,
+                list(record.taps),
+                depth=record.card.depth,
+                teacher=self.name,
+                store=str(reader.store.path),
+                command=reader.store.extract_command(),
+                again=reader.store.free_name(self.name),
+                model=record.source or "MODEL",
+                options=as_extracted(record),
+                fields=fields,
+            )
+        except InputNotFound as error:
+            raise InputNotFound(f"{error}{reader.pull_advice()}") from None
         weights = {name: torch.from_numpy(np.array(value)).to(device) for name, value in reader.weights.items()}
         self.derivation: Derivation = derivation(plan, record.attention, weights)
 

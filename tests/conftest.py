@@ -1,4 +1,7 @@
-"""A small sealed store, made once without any network, and copied for each test that wants to damage it."""
+"""A small sealed store, made once and copied for each test that wants to damage it; small data sets and teachers.
+
+What needs torch imports it when it is asked for: the store's tests run without it too (``make lanes``).
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hdcache.arrays import ShardWriter, group_metadata, write_constant
-from hdcache.durable import durable_write
-from hdcache.encodings import compresses, fit, request
-from hdcache.integrity import Ledger, teacher_ledger, view_ledger
-from hdcache.schema import (
-    ArrayCard,
-    DatasetCard,
-    Preprocessing,
-    Receipt,
-    StoreCard,
-    StoredObject,
-    TeacherCard,
-    TeacherRecord,
-    ViewSpec,
-)
-from hdcache.shards import Codec
-from hdcache.store import Store
-from hdcache.taps import Tokens
+from small_store import write_sealed
 
 if TYPE_CHECKING:
     from hdcache.distill.settings import Recipe
@@ -46,94 +31,11 @@ if TYPE_CHECKING:
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-ROWS, SHARD, CHUNK = 20, 8, 4
-IDS = tuple(sorted(f"a/ünï {row:02d}.png" for row in range(ROWS)))
-
-
-def _write(ledger: Ledger, arrays: dict[str, tuple[ArrayCard, np.ndarray]], **seal: object) -> None:
-    static: dict[str, StoredObject] = {
-        f"{ledger.key}/zarr.json": durable_write(ledger.folder / "zarr.json", group_metadata({}))
-    }
-    writers = {}
-    for key, (card, _) in arrays.items():
-        codec = Codec() if compresses(card.dtype, key.rsplit("/", 1)[-1]) else None
-        writers[key] = ShardWriter(ROWS, card, CHUNK, SHARD, codec=codec, attributes={})
-        static[f"{ledger.key}/{key}/zarr.json"] = durable_write(
-            ledger.folder / key / "zarr.json", writers[key].metadata
-        )
-    receipts = []
-    for shard in range(-(-ROWS // SHARD)):
-        span = (shard * SHARD, min(ROWS, (shard + 1) * SHARD))
-        objects = {}
-        for key, (_, value) in arrays.items():
-            name = f"{key}/{writers[key].key(shard)}"
-            objects[name] = durable_write(ledger.folder / name, writers[key].encode(shard, value[slice(*span)]))
-        receipts.append(Receipt(shard=shard, rows=span, objects=objects))
-        ledger.record(receipts[-1])
-    ledger.seal(receipts, {**static, **seal.pop("static", {})}, rows=ROWS, **seal)  # type: ignore[arg-type,dict-item]
-
-
-def _build(root: Path) -> None:
-    dataset = DatasetCard(spec="folder:/data", kind="folder", fingerprint="f" * 64, count=ROWS, classes=("a", "b"))
-    card = StoreCard(dataset=dataset, views=ViewSpec(seed=3), rows_per_shard=SHARD, rows_per_chunk=CHUNK)
-    store = Store.create(root, card, IDS, np.arange(ROWS, dtype=np.int64) % 2)
-    noise = torch.Generator().manual_seed(0)
-    tokens = Tokens(torch.randn(ROWS, 1, 6, generator=noise), torch.randn(ROWS, 9, 6, generator=noise))
-    values = {"block1.attn_in": tokens, "final": tokens, "pooled": tokens.patches.mean(1)}
-    encodings = {"block1.attn_in": "klt", "final": "fp32", "pooled": "fp16"}
-    encoders = {tap: fit(request(tap, encodings[tap], None), value, value) for tap, value in values.items()}
-    folder = store.teacher_path("t")
-    objects: dict[str, StoredObject] = {}
-    for tap, encoder in encoders.items():
-        for name, constant in encoder.constants.items():
-            objects |= write_constant(folder, f"encodings/{tap}/{name}", constant)
-    teacher = TeacherCard(
-        architecture="vit_tiny_patch16_224",
-        weights="0" * 64,
-        preprocessing=Preprocessing(size=48),
-        patch_size=16,
-        grid=(3, 3),
-        prefix_tokens=1,
-        class_token=True,
-        width=6,
-        depth=2,
-        heads=2,
-        precision="fp32",
-    )
-    record = TeacherRecord(
-        name="t",
-        card=teacher,
-        taps={tap: encoder.card for tap, encoder in encoders.items()},
-        requests=tuple(request(tap, encodings[tap], None) for tap in values),
-        dataset=dataset.fingerprint,
-        views=card.views,
-        objects=objects,
-        batch=4,
-        source="random",
-        licence="none",
-    )
-    durable_write(folder / "zarr.json", group_metadata(record.model_dump(mode="json")))
-    geometry = np.tile(np.array([0, 0, 0, 4, 4, 0, 4, 4], np.int32), (ROWS, 1))
-    geometry[:, 0] = np.arange(ROWS)
-    digests = np.arange(ROWS * 32, dtype=np.int64).astype(np.uint8).reshape(ROWS, 32)
-    views = {
-        "geometry": (ArrayCard(shape=(8,), dtype="int32"), geometry),
-        "source_digest": (ArrayCard(shape=(32,), dtype="uint8"), digests),
-    }
-    _write(view_ledger(store, 0), views, teacher="", identity="", view=0)
-    arrays = {}
-    for tap, value in values.items():
-        parts, _ = encoders[tap].encode(value)
-        arrays |= {f"{tap}/{name}": (encoders[tap].card.arrays[name], part) for name, part in parts.items()}
-    static = {f"teachers/t/{key}": value for key, value in objects.items()}
-    identity = record.identity_digest()
-    _write(teacher_ledger(store, "t", 0), arrays, teacher="t", identity=identity, view=0, static=static)
-
 
 @pytest.fixture(scope="session")
 def _sealed_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sealed") / "store"
-    _build(root)
+    write_sealed(root)
     return root
 
 
@@ -189,13 +91,16 @@ def make_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
-    """Reads every file below a folder but locks: relative path -> bytes."""
+    """Reads every file below a folder but locks and what lists them: relative path -> bytes."""
 
     def read(root: Path) -> dict[str, bytes]:
         files = [
             path
             for path in sorted(root.rglob("*"))
-            if path.is_file() and path.suffix not in (".lock", ".owner", ".lease")
+            if path.is_file()
+            and path.suffix not in (".lock", ".owner", ".lease")
+            # Derived: they change with every seal, and tests of their own hold them to what is sealed.
+            and path.name not in ("index.json", "croissant.json")
         ]
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
@@ -253,6 +158,7 @@ def signals() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory, make_npz: Callable[..., str]) -> Path:
     """A store that no test may change: 64 pictures, 2 views, teacher ``t`` with every target of TinyMIM in fp32."""
+    pytest.importorskip("torch", reason="extraction needs torch")
     from hdcache.extract.run import extract
 
     root = tmp_path_factory.mktemp("tiny")
@@ -264,8 +170,36 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, make_npz: Callable[...,
 
 
 @pytest.fixture(scope="session")
+def kept_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that no test may change: 20 pictures and a broken one, kept inside, their folder gone.
+
+    Teacher ``all`` has every kind of tap, ``half`` sees half of the 16 patch tokens. The classes are called ``<b>a<`` and ``b``.
+    """
+    from hdcache.extract.run import extract
+
+    root = tmp_path_factory.mktemp("kept")
+    for number, picture in enumerate(paint(20)):
+        path = root / "data" / ("<b>a<", "b")[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    (root / "data" / "b" / "broken.png").write_bytes(b"no image")
+    settings = {"precision": "fp32", "device": "cpu", "batch": 8, "rows_per_shard": 8, "threads": 2, "quiet": True}
+    for name, spec, taps, mask in (
+        ("all", f"{TINY}&num_classes=5", ["block3.attn_in", "final", "block3.rel.vv", "logits", "pooled"], None),
+        ("half", TINY, ["block3.attn_in", "final"], "random:0.5"),
+    ):
+        extract(
+            str(root / "data"), store=root / "store", teachers=[f"{name}={spec}"], taps=taps, teacher_mask=mask,
+            pixels="source", **settings,
+        )  # fmt: skip
+    shutil.rmtree(root / "data")
+    return root / "store"
+
+
+@pytest.fixture(scope="session")
 def small_recipe() -> Callable[..., Recipe]:
     """TinyMIM's relations for ``tiny_store``, 2 epochs of 4 steps, with jitter and drop path; fields may be changed."""
+    pytest.importorskip("torch", reason="training needs torch")
     from hdcache.distill.recipes import get_recipe
 
     student = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

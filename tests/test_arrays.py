@@ -217,22 +217,26 @@ def test_rows_are_copied_to_where_they_are_wanted(
         same(found[place], made.values[row] if keep else np.full(made.row, 77, made.dtype))
 
 
-def test_zarr_reads_what_is_laid_out_otherwise(tmp_path: Path) -> None:
-    """An array of core codecs that this project does not write."""
+@pytest.mark.parametrize("layout", ["not sharded", "blosc twice", "no checksum", "index at the start"])
+@pytest.mark.parametrize("pipeline", [None, *PIPELINES])
+def test_what_no_version_has_written_is_refused(layout: str, pipeline: str | None, tmp_path: Path) -> None:
+    """Zarr would read an array of any codecs, and make of a small file what they say."""
     values = numbers("int16", ROWS, 3)
-    zarr.create_array(
-        tmp_path / "a", data=values, chunks=(CHUNK, 3), shards=(SHARD, 3), compressors=[zarr.codecs.GzipCodec()],
-        chunk_key_encoding={"name": "default", "separator": "."},
-    )  # fmt: skip
-    listed = {
-        f"a/{path.name}": StoredObject(size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in (tmp_path / "a").iterdir()
-    }
-    reader = ArrayReader(tmp_path, "a", (ROWS, 3), "int16", listed, SHARD)
-    assert reader._layout is None
-    found = np.zeros_like(values)
-    reader.copy_rows(0, ROWS, list(found))
-    same(found, values)
+    made: dict[str, Any] = {"chunks": (CHUNK, 3), "shards": (SHARD, 3), "compressors": [zarr.codecs.Crc32cCodec()]}
+    if layout == "not sharded":
+        made |= {"chunks": (SHARD, 3), "shards": None}
+    elif layout == "no checksum":
+        made["compressors"] = None
+    elif layout == "index at the start":
+        made["shards"] = {"shape": (SHARD, 3), "index_location": "start"}
+    else:
+        made["compressors"] = [zarr.codecs.BloscCodec(), zarr.codecs.BloscCodec(), zarr.codecs.Crc32cCodec()]
+    encoding = {"name": "default", "separator": "."}
+    zarr.create_array(tmp_path / "a", data=values, chunk_key_encoding=encoding, **made)  # type: ignore[arg-type]
+    with pytest.raises(
+        StoreCorrupt, match=r"zarr\.json: its codecs are not put together as those of a store are; copy"
+    ):
+        ArrayReader(tmp_path, "a", (ROWS, 3), "int16", {}, SHARD, pipeline)
 
 
 def test_a_shard_is_proved_once_whatever_the_threads(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,10 +366,10 @@ def test_an_object_that_vanishes_while_it_is_read(written: Written, monkeypatch:
 def test_an_object_that_cannot_be_read(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = written.reader()
 
-    def denied(path: Path, **_: Any) -> os.stat_result:
+    def denied(path: Path, *_: Any) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "stat", denied)
+    monkeypatch.setattr(os, "open", denied)
     with pytest.raises(StoreCorrupt, match=r"c\.0\.0\.0: cannot be read \(Permission denied\)"):
         reader.rows(0, 1)
 
@@ -384,13 +388,15 @@ def set_at(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
 
 
 HOSTILE: list[tuple[Callable[[dict[str, Any]], None], str]] = [
-    (set_at("codecs", value=[{"name": "pickle"}]), "codec 'pickle' is not one of the core codecs"),
+    (set_at("codecs", value=[{"name": "pickle"}]), "codec 'pickle' is not one of those that stores use"),
     (set_at("codecs", value=[]), "codec None is not"),
     (set_at("codecs", value="bytes"), "codec None is not"),
     (set_at("codecs", value=[{"name": ["bytes"]}]), r"codec \['bytes'\] is not"),
     (set_at("codecs", "0", "configuration", "codecs", value=[{"name": "numcodecs.pickle"}]), "codec 'numcodecs.pickle'"),
-    (set_at("codecs", "0", "configuration", value=None), "zarr cannot open it"),
-    (set_at("codecs", "0", "configuration", value=[1]), "zarr cannot open it"),
+    (set_at("codecs", "0", "configuration", value=None), "codecs are not put together"),
+    (set_at("codecs", "0", "configuration", value=[1]), "its codecs are not put together"),
+    (set_at("codecs", "0", "configuration", "codecs", value=[{"name": "gzip"}]), "codec 'gzip' is not one of"),
+    (set_at("codecs", "0", "configuration", "chunk_shape", value=[3, 3, 5]), "as those of a store are"),
     (set_at("shape", value=[10**12, 3, 5]), r"int8\[1000000000000, 3, 5\], but the store's records say int8\[20, 3, 5\]"),
     (set_at("shape", value=7), "but the store's records say"),
     (set_at("zarr_format", value=2), "not the metadata of a Zarr v3 array"),

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from hdcache.errors import StoreCorrupt, UsageError
-from hdcache.records import Facts, Record, canonical_json, check_key, check_name, differences, first_fault
+from hdcache.records import (
+    CheckedRecord,
+    Facts,
+    Record,
+    canonical_json,
+    check_key,
+    check_name,
+    differences,
+    first_fault,
+)
 from hdcache.schema import DatasetCard, StoreCard, ViewSpec
 
 jsons = st.recursive(
@@ -153,3 +162,24 @@ def test_a_whole_record_says_its_silent_defaults() -> None:
     assert "stride" not in plain.model_dump(mode="json")
     assert ViewSpec.model_validate(plain.whole()) == plain
     assert "stride" not in card.model_dump(mode="json")["views"]
+
+
+class Kept(CheckedRecord):
+    """A record with a check of its own."""
+
+    rows: int = 3
+    note: str = ""
+
+
+@given(rows=st.integers(), note=st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_checked_record_is_read_as_it_was_and_altered_is_refused(rows: int, note: str) -> None:
+    kept = Kept(rows=rows, note=note)
+    spelled = json.loads(kept.checked())
+    assert spelled["check"] == kept.digest() == hashlib.sha256(kept.canonical()).hexdigest()
+    assert Kept.parse(spelled, "x") == kept
+    assert Kept.parse(json.loads(kept.canonical()), "x") == kept, "earlier versions wrote none"
+    for change in ({"rows": rows + 1}, {"note": note + "a"}, {"note": "\ud800"}, {"check": "0" * 64}):
+        with pytest.raises(
+            StoreCorrupt, match=r"^x: altered since it was written \(its check differs\); copy the store"
+        ):
+            Kept.parse(spelled | change, "x")

@@ -1,0 +1,189 @@
+"""Receipts, manifests and the seal of one folder of shards.
+
+A *ledger* is a folder of shards that are written one by one: ``views/K`` (the geometry of a view),
+``teachers/NAME/views/K`` (a teacher's rows) or ``samples/pixels`` (the samples themselves). A receipt is written after its shard's objects are durable, so
+"the shards without a receipt" is exactly the work that is left. A manifest seals the ledger.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from hdcache.array_metadata import contained, read_json, read_record
+from hdcache.durable import PARTIAL, durable_move, durable_unlink, durable_write, stored_object
+from hdcache.errors import StoreCorrupt
+from hdcache.schema import Manifest, Receipt, StoredObject
+from hdcache.store import Store
+
+RECEIPTS, MANIFEST, SAMPLES_RECEIPT = "receipts", "manifest.json", "samples/receipt.json"
+
+
+@dataclass
+class Total:
+    """What a ledger's receipts say together."""
+
+    covered: int = 0
+    """Rows from 0 up to the first gap or overlap."""
+    objects: dict[str, StoredObject] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    saturated: int = 0
+
+
+def total_of(key: str, receipts: Iterable[Receipt]) -> Total:
+    total = Total()
+    for receipt in sorted(receipts, key=lambda receipt: receipt.rows):
+        total.covered = receipt.rows[1] if receipt.rows[0] == total.covered else total.covered
+        total.objects |= {f"{key}/{name}": value for name, value in receipt.objects.items()}
+        total.failed |= receipt.failed
+        total.saturated += receipt.saturated
+    return total
+
+
+def file_size(path: str) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+class Ledger:
+    """The receipts and the seal of one folder of shards."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        self.root, self.key = root, key
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it lies; :class:`StoreCorrupt` where that is a link out of the store."""
+        return contained(self.root, self.key)
+
+    def receipt(self, shard: int) -> Receipt | None:
+        """The receipt of a shard, or None where the shard is not complete (an object gone or of another size)."""
+        path = self.folder / RECEIPTS / f"{shard}.json"
+        if not path.is_file():
+            return None
+        receipt = Receipt.parse(read_json(path), path)
+        if receipt.shard != shard:
+            raise StoreCorrupt(f"{path}: the receipt of shard {receipt.shard}; delete it and rerun 'hdcache extract'")
+        if any(file_size(f"{self.folder}/{key}") != listed.size for key, listed in receipt.objects.items()):
+            return None
+        return receipt
+
+    def record(self, receipt: Receipt) -> None:
+        """Write a shard's receipt; its objects must be durable already."""
+        durable_write(self.folder / RECEIPTS / f"{receipt.shard}.json", receipt.checked())
+
+    def unseal(self) -> None:
+        """Withdraw the seal before rows that failed are tried again."""
+        durable_unlink(self.folder / MANIFEST)
+
+    def withdraw(self, shard: int) -> None:
+        """Forget that a shard is complete, before its objects are overwritten: a kill must not leave a false receipt."""
+        durable_unlink(self.folder / RECEIPTS / f"{shard}.json")
+
+    def aside(self, key: str) -> Path:
+        """Where an object is written until :meth:`replace`, so that a kill leaves the old shard or the new one, whole."""
+        path = self.folder / key
+        return path.with_name(f".{path.name}.next{PARTIAL}")
+
+    def replace(self, receipt: Receipt) -> None:
+        """Put a shard whose objects lie :meth:`aside`, durable, in the place of what was there; its receipt comes last."""
+        durable_write(self.aside(f"{RECEIPTS}/{receipt.shard}.json"), receipt.checked())
+        self.settle(receipt.shard)
+
+    def settle(self, shard: int) -> None:
+        """Finish what a kill cut short in :meth:`replace`. Only who may write the shard may call it."""
+        path = self.aside(f"{RECEIPTS}/{shard}.json")
+        if not path.is_file():
+            return
+        receipt = Receipt.parse(read_json(path), path)
+        self.unseal()
+        self.withdraw(shard)
+        for key in receipt.objects:
+            if (written := self.aside(key)).is_file():
+                durable_move(written, self.folder / key)
+        durable_move(path, self.folder / RECEIPTS / f"{shard}.json")
+
+    def seal(
+        self,
+        receipts: Iterable[Receipt],
+        static: Mapping[str, StoredObject],
+        *,
+        teacher: str,
+        identity: str,
+        view: int,
+        rows: int,
+    ) -> Manifest:
+        """Write the manifest, last and create-only; an equal one is left as it is.
+
+        ``static`` lists objects by key relative to the store's root: metadata, constants, weights.
+        """
+        total = total_of(self.key, receipts)
+        if total.covered != rows:
+            raise StoreCorrupt(
+                f"{self.folder}: receipts cover {total.covered} of {rows} rows; run the same 'hdcache extract' again"
+            )
+        manifest = Manifest(
+            teacher=teacher,
+            identity=identity,
+            view=view,
+            rows=rows,
+            objects=dict(sorted({**self.records(teacher), **static, **total.objects}.items())),
+            failed=dict(sorted(total.failed.items())),
+            saturated=total.saturated,
+        )
+        try:
+            durable_write(self.folder / MANIFEST, manifest.checked(), create_only=True)
+        except FileExistsError:
+            if self.manifest().digest() != manifest.digest():
+                raise StoreCorrupt(
+                    f"{self.folder / MANIFEST}: already sealed with other content; run 'hdcache verify'"
+                ) from None
+        return manifest
+
+    def records(self, teacher: str) -> dict[str, StoredObject]:
+        """The records that this seal rests on and that never change; the manifest's digest covers them too."""
+        keys = ["zarr.json", "samples/zarr.json", SAMPLES_RECEIPT] + [f"teachers/{teacher}/zarr.json"] * bool(teacher)
+        found = {key: read_record(self.root / key) for key in keys if (self.root / key).is_file()}
+        return {key: stored_object(data) for key, data in found.items()}
+
+    @property
+    def sealed(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    def manifest(self) -> Manifest:
+        """The seal as it is written."""
+        return Manifest.parse(read_json(self.folder / MANIFEST), self.folder / MANIFEST)
+
+    def proved_manifest(self) -> Manifest:
+        """The seal, once the records that it rests on are those that it lists.
+
+        Raises
+        ------
+        StoreCorrupt
+            naming the record that was altered or exchanged since.
+        """
+        manifest = self.manifest()
+        for key, found in self.records(manifest.teacher).items():
+            if manifest.objects.get(key, found) != found:
+                raise StoreCorrupt(
+                    f"{self.root / key}: not the record that {self.folder / MANIFEST} was sealed with; copy the store again"
+                )
+        return manifest
+
+
+def view_ledger(store: Store, view: int) -> Ledger:
+    """The ledger of a view's geometry."""
+    return Ledger(store.path, f"views/{view}")
+
+
+def teacher_ledger(store: Store, teacher: str, view: int) -> Ledger:
+    """The ledger of one teacher's rows of one view."""
+    return Ledger(store.path, f"teachers/{teacher}/views/{view}")

@@ -1,0 +1,130 @@
+"""The index lists what a copy needs and no manifest has; a partial copy says what it holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hdcache import index as indexes
+from hdcache.durable import durable_write, stored_object
+from hdcache.errors import StoreCorrupt
+from hdcache.index import HELD, INDEX, Held, build_index, held_taps, is_held, read_index, sealed_ledgers, write_index
+from hdcache.integrity import verify
+from hdcache.ledgers import teacher_ledger
+from hdcache.store import Store
+
+
+def closure(root: Path) -> set[str]:
+    """Every object that can be reached from the index."""
+    index = read_index(root)
+    assert index is not None
+    found = {INDEX, *index.objects}
+    for key in index.objects:
+        record = json.loads((root / key).read_bytes())
+        if key.endswith("manifest.json"):
+            found |= record["objects"].keys()
+        if key == "samples/receipt.json":
+            found |= {f"samples/{name}" for name in record["objects"]}
+    return found
+
+
+def test_all_of_a_store_is_reached_from_its_index(sealed_store: Path) -> None:
+    write_index(Store.open(sealed_store))
+    files = {path.relative_to(sealed_store).as_posix() for path in sealed_store.rglob("*") if path.is_file()}
+    assert {key for key in files if not key.endswith((".lock", ".owner"))} == closure(sealed_store) | {"about.json"}
+    assert verify(Store.open(sealed_store)).good
+    assert not verify(Store.open(sealed_store)).unlisted
+
+
+def test_every_entry_is_what_the_file_is_and_equal_indexes_are_equal_bytes(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    first = write_index(store)
+    assert all(stored_object((sealed_store / key).read_bytes()) == entry for key, entry in first.objects.items())
+    before = (sealed_store / INDEX).stat()
+    assert write_index(store) == read_index(sealed_store) == first
+    assert (sealed_store / INDEX).stat().st_mtime_ns == before.st_mtime_ns, "nothing changed, nothing is written"
+
+
+def test_only_what_is_sealed_is_listed(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    teacher_ledger(store, "t", 0).unseal()
+    assert [ledger.key for ledger in sealed_ledgers(store)] == ["views/0"]
+    assert not [key for key in write_index(store).objects if key.startswith("teachers/t/views")]
+
+
+def test_receipts_of_a_seal_that_is_known_are_not_read_again(
+    sealed_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(sealed_store)
+    known = write_index(store)
+    read: list[Path] = []
+    real = indexes.read_record
+    monkeypatch.setattr(indexes, "read_record", lambda path: read.append(path) or real(path))
+    assert build_index(store, known) == known
+    assert not [path for path in read if path.parent.name == "receipts"]
+    (sealed_store / "views/0/manifest.json").write_bytes(b"{}")
+    build_index(store, known)
+    assert len([path for path in read if path.parent.name == "receipts"]) == 3
+
+
+def test_an_altered_index_is_a_fault_and_made_anew(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    good = write_index(store)
+    path = sealed_store / INDEX
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"size":', b'"size":1', 1))
+    with pytest.raises(StoreCorrupt, match=r"index\.json: altered since it was written"):
+        read_index(sealed_store)
+    assert [fault for fault in verify(store).faults if "index.json: altered" in fault]
+    assert write_index(store) == good
+    assert path.read_bytes() == whole
+
+
+# Partial copies
+
+
+def test_a_copy_with_some_taps_is_whole_without_the_others(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    assert held_taps(store, "t") is None
+    for path in sorted((sealed_store / "teachers/t").rglob("*")):
+        key = path.relative_to(sealed_store).as_posix()
+        if path.is_file() and not is_held(key, "t", frozenset({"final"})):
+            path.unlink()
+    assert len(verify(store).faults) > 5
+    durable_write(sealed_store / "teachers/t" / HELD, Held(taps=("final",)).canonical())
+    assert held_taps(store, "t") == {"final"}
+    assert verify(store).good
+    (sealed_store / "teachers/t/views/0/final/values/c.1.0.0").unlink()
+    assert "final/values/c.1.0.0: missing" in "\n".join(verify(store).faults)
+
+
+@pytest.mark.parametrize(
+    ("key", "held"),
+    [
+        ("teachers/t/views/0/final/values/c.0.0.0", True),
+        ("teachers/t/views/0/pooled/values/c.0.0", False),
+        ("teachers/t/views/0/pooled/zarr.json", False),
+        ("teachers/t/encodings/pooled/basis/c.0.0", False),
+        ("teachers/t/encodings/zarr.json", True),
+        ("teachers/t/views/0/zarr.json", True),
+        ("teachers/t/views/0/receipts/0.json", True),
+        ("teachers/t/views/0/manifest.json", True),
+        ("teachers/t/views/0/mask/visible/c.0.0", True),
+        ("teachers/t/weights/block9/qkv_bias/c.0", True),
+        ("teachers/u/views/0/pooled/values/c.0.0", True),
+        ("views/0/geometry/c.0.0", True),
+        ("samples/label/c.0", True),
+    ],
+)
+def test_what_a_partial_copy_has(key: str, held: bool) -> None:
+    assert is_held(key, "t", frozenset({"final"})) is held
+    assert is_held(key, "t", None)
+
+
+def test_a_note_of_nonsense_is_named(sealed_store: Path) -> None:
+    (sealed_store / "teachers/t" / HELD).write_text('{"taps": 3}')
+    with pytest.raises(StoreCorrupt, match=r"held\.json: taps: .*tuple"):
+        held_taps(Store.open(sealed_store), "t")
+    assert "held.json: taps" in "\n".join(verify(Store.open(sealed_store)).faults)
