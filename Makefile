@@ -4,6 +4,7 @@
 #   make test PYTHON=python3.12     use another Python (3.11 or newer)
 #   make test VENV=path/to/venv     use another virtual environment; what it already holds (your own build
 #                                   of torch, say) is kept if it is new enough
+#   make lanes LANE_PYTHONS='A B'   use these Pythons, not the 3.11 and the newest one that are found here
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow lint types bench clean
+.PHONY: help quickstart test slow lanes lint types bench clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -29,6 +30,12 @@ test: $(VENV)/.hdcache-test ## lint, types, and the tests that take seconds
 slow: $(VENV)/.hdcache-test ## the tests that take minutes
 	@$(BIN)/pytest -m slow
 
+# Each lane has an environment of its own under .lanes/.
+LANE_PYTHONS ?=
+
+lanes: | $(BIN)/pip ## the store's tests without torch on the oldest and the newest Python and zarr, and each other's stores
+	@$(BIN)/python .ci/lanes.py $(LANE_PYTHONS)
+
 lint: $(VENV)/.hdcache-test ## ruff: rules and format
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -37,7 +44,7 @@ types: $(VENV)/.hdcache-test ## mypy, strict
 	@MYPY="$(abspath $(BIN)/mypy)" bash .ci/typecheck
 
 # Every script under benchmarks/ that has a quick form; a test keeps this list whole.
-BENCHMARKS := decode epoch extract knn loader scale size startup students workers
+BENCHMARKS := decode epoch extract knn loader scale size startup streaming students workers
 
 # What one of them finds is not lost when another fails.
 bench: $(VENV)/.hdcache-bench ## the quick forms of all benchmarks, a table each, into bench-out/
@@ -45,7 +52,7 @@ bench: $(VENV)/.hdcache-bench ## the quick forms of all benchmarks, a table each
 	$(BIN)/python benchmarks/$$name.py --quick --out bench-out/$$name || failed=1; done; exit $$failed
 
 clean: ## remove caches and outputs (keeps .venv)
-	@rm -rf .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info quickstart-out bench-out
+	@rm -rf .lanes .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info quickstart-out bench-out
 	@find hdcache extract distill evaluate benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing a virtual environment gets, so a half-made one is made again.

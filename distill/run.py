@@ -37,11 +37,12 @@ from hdcache.distill.student import build_student, student_input
 from hdcache.distill.trainer import train
 from hdcache.durable import durable_write
 from hdcache.errors import UsageError
+from hdcache.leases import lease
 from hdcache.loader import Loader
 from hdcache.options import Options
 from hdcache.resources import available_cores
 from hdcache.schema import MaskSpec, ViewSpec
-from hdcache.store import Store, write_lock
+from hdcache.sharing.streaming import open_store
 from hdcache.teachers import choose_device
 
 
@@ -63,6 +64,7 @@ def distill(
     quiet: bool = True,
     monitor: Monitor | None = None,
     monitor_every: int = 1,
+    cache_size: str | int | None = None,
 ) -> dict[str, Any]:
     """Train a student and write it to ``out``; the same call again goes on where it stopped.
 
@@ -71,7 +73,8 @@ def distill(
     recipe
         name in ``hdcache recipes``, a JSON or YAML file, or a :class:`Recipe`.
     store
-        where the teachers' targets are; optional for objectives without a teacher, and for ``online``.
+        where the teachers' targets are, a folder or a URL (:func:`hdcache.sharing.streaming.open_store`); optional for
+        objectives without a teacher, and for ``online``.
     data
         data-set spec, when it is not (or no longer) where the store says, or when there is no store.
     overrides
@@ -89,6 +92,9 @@ def distill(
         called with (student, its input, :class:`~hdcache.options.Trained`) before the first step, after every
         ``monitor_every`` epochs and at the end; what it returns, layer -> percent, is in ``metrics.jsonl``. The k-NN one is ``hdcache.evaluate.monitor.knn_monitor``. Training is the same without it.
 
+    cache_size
+        of a store at a URL: bytes that its objects may take on this machine, ``50GB``.
+
     Returns
     -------
     dict
@@ -97,7 +103,7 @@ def distill(
     settings = RunSettings(
         store=store, data=data, online=online, teachers=teachers, teacher_mask=teacher_mask,
         teacher_mask_seed=teacher_mask_seed, views=views, num_views=num_views, device=device, threads=threads,
-        quiet=quiet, monitor=monitor, monitor_every=monitor_every,
+        quiet=quiet, monitor=monitor, monitor_every=monitor_every, cache_size=cache_size,
     )  # fmt: skip
     (result,) = _train([resolve(recipe, overrides)], [Path(out).expanduser()], settings)
     return result
@@ -169,7 +175,7 @@ def _train(plans: Sequence[Recipe], folders: Sequence[Path], settings: RunSettin
     with ExitStack() as locks:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            locks.enter_context(write_lock(folder / f".lock-{ranks.rank}"))
+            locks.enter_context(lease(folder / f".lock-{ranks.rank}"))
         learners = [
             Learner(
                 entrant.recipe, entrant.student, entrant.heads, entrant.folder,
@@ -203,7 +209,7 @@ def _enter(
 ) -> tuple[Sources, list[Entrant]]:
     """What the students read from, and the students with their heads, all untrained."""
     device = rank_device(choose_device(settings.device), ranks)
-    store = Store.open(settings.store) if settings.store is not None else None
+    store = open_store(settings.store, cache_size=settings.cache_size) if settings.store is not None else None
     dataset = open_data(store, settings.data)
     views = [choose_views(plan, store, dataset, settings.views) for plan in plans]
     cards, wanted, live = choose_teachers(

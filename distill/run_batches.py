@@ -20,6 +20,7 @@ from hdcache.errors import UsageError
 from hdcache.loader import Loader
 from hdcache.options import Options
 from hdcache.schema import TeacherCard, ViewSpec
+from hdcache.sharing.streaming import warn_of_small_cache
 from hdcache.store import Store
 from hdcache.target_sources import open_targets
 from hdcache.teachers import Teacher
@@ -78,10 +79,12 @@ class Sources:
             opened = open_targets(self.store, mine, live=self.live, device=device, dtype=dtype, fields=fields)
             stored += opened[0]
             live += opened[1]
-        return Loader(
+        loader = Loader(
             self.dataset, first.options, views=first.views, store=self.store, stored=stored, live=live,
             num_views=self.num_views, teachers=list(every),
         )  # fmt: skip
+        warn_of_small_cache(stored, loader.views[0] if loader.views else 0)
+        return loader
 
     def _fields(self, entrants: Sequence[Entrant], name: str) -> list[str]:
         """The settings that make these students read teacher ``name``."""

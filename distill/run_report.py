@@ -50,7 +50,7 @@ def report(learner: Learner, loader: Loader, started: float) -> dict[str, Any]:
         **shared,
         "device": str(learner.device),
         "amp": str(autocast_precision(recipe, learner.device)),
-        "store": str(loader.store.path) if loader.store else None,
+        "store": loader.store.files.where if loader.store else None,
         "data": loader.dataset.card.model_dump(mode="json", exclude={"classes"}),
         "online": learner.about["online"],
         "targets": learner.about["targets"],

@@ -30,11 +30,14 @@ class RunSettings:
     quiet: bool = True
     monitor: Monitor | None = None
     monitor_every: int = 1
+    cache_size: str | int | None = None
 
     def check(self, folders: Sequence[Path]) -> None:
         """Refuse what cannot be meant, :class:`UsageError`; ``folders`` are those of the students."""
         if self.views is not None and self.store is not None:
             raise UsageError("--views is for runs without a store; with --store its own are used: leave --views out")
+        if self.cache_size is not None and "://" not in str(self.store):
+            raise UsageError("--cache-size is for a --store at a URL; leave it out")
         if self.monitor_every < 1:
             raise UsageError(f"monitor_every {self.monitor_every} must be at least 1 epoch")
         for setting, value in (("num_views", self.num_views), ("threads", self.threads)):

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from hdcache.arrays import constant_objects, group_metadata, write_constant
 from hdcache.datasets import Dataset
-from hdcache.durable import durable_write
+from hdcache.durable import durable_unlink, durable_write
 from hdcache.encodings import Encoder, fit, rounded
-from hdcache.errors import InputNotFound, StoreMismatch, UsageError
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.extract.budget import fit_within_budget
 from hdcache.extract.lanes import finite_rows
 from hdcache.extract.rows import decode_row, shard_rows
+from hdcache.ledgers import RECEIPTS
 from hdcache.masks import visible_count
 from hdcache.relations import relation_kl
 from hdcache.schema import ArrayCard, StoredObject, TapRequest, TeacherCard, TeacherRecord
@@ -104,8 +105,14 @@ def token_grid(card: TeacherCard) -> tuple[int, ...] | None:
 def write_record(
     store: Store, teacher: Teacher, record: TeacherRecord, encoders: Mapping[str, Encoder]
 ) -> TeacherRecord:
-    """Write constants, weights and, last, the teacher's record; returns it with its objects listed."""
+    """Write constants, weights and, last, the teacher's record; returns it with its objects listed.
+
+    Rows that lie there without a record are forgotten: a copy that was cut short left them, perhaps of another teacher.
+    """
     folder = store.teacher_path(record.name)
+    if not (folder / "zarr.json").is_file():
+        for path in sorted(folder.glob(f"views/*/{RECEIPTS}/*.json")):
+            durable_unlink(path)
     objects: dict[str, StoredObject] = {}
     for tap, encoder in encoders.items():
         for name, value in encoder.constants.items():
@@ -119,6 +126,16 @@ def write_record(
     durable_write(folder / ABOUT, About(source=record.source).canonical())
     durable_write(folder / "zarr.json", group_metadata(record.model_dump(mode="json") | {"source": ""}))
     return record
+
+
+def check_unsealed(store: Store, name: str) -> None:
+    """:class:`StoreCorrupt` where a teacher that the store has no record of has sealed rows."""
+    if views := store.views(name):
+        raise StoreCorrupt(
+            f"{store.teacher_path(name)}/zarr.json: missing, though view {views[0]} of teacher {name!r} is sealed; bring it back "
+            f"with 'hdcache repair {store.path} --from COPY', or give the teacher another name: --teacher "
+            f"{store.free_name(name)}=MODEL"
+        )
 
 
 def damaged_constants(store: Store, record: TeacherRecord) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,9 @@ import torch
 from hdcache.datasets import Dataset, open_dataset, store_dataset
 from hdcache.encodings import Encoder
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
-from hdcache.extract.calibrate import calibrate, repair_constants
+from hdcache.extract.calibrate import calibrate, check_unsealed, repair_constants
+from hdcache.index import held_taps
+from hdcache.info import MADE_BY
 from hdcache.reader import TeacherReader
 from hdcache.records import differences
 from hdcache.rendering import input_shape
@@ -127,10 +130,16 @@ def open_or_create(
                     card,
                     dataset.ids,
                     dataset.labels,
-                    written_with={name: version(name) for name in decoders(dataset.card.kind)},
+                    written_with={name: version(name) for name in decoders(dataset.card.kind)} | _maker(),
                 )
     store = Store.open(path)
     return reopened(store, data, views, seed, pixels), store
+
+
+def _maker() -> dict[str, str]:
+    """Who makes the store, where that is to be told."""
+    name = os.environ.get("HDCACHE_MADE_BY", "").strip()
+    return {MADE_BY: name[:200]} if name else {}
 
 
 def new_views(dataset: Dataset, there: Store | None, views: str | ViewSpec | None, seed: int) -> ViewSpec:
@@ -238,10 +247,23 @@ def open_or_calibrate(
 ) -> tuple[TeacherRecord, dict[str, Encoder]]:
     """A new teacher is calibrated, and nothing written; one that the store has must be the same in all that changes values."""
     if known is None:
+        check_unsealed(store, teacher.name)
         return calibrate(store, dataset, teacher, requests, threads=threads, source=source)
     check_teacher(store, teacher, requests, known)
+    check_whole(store, known)
     repair_constants(store, dataset, teacher, known, threads=threads)
     return known, TeacherReader(store, teacher.name).encoders
+
+
+def check_whole(store: Store, known: TeacherRecord) -> None:
+    """:class:`StoreMismatch` where this copy of a store has some taps of a teacher only: rows of the others cannot be added."""
+    held = held_taps(store, known.name)
+    if held is not None:
+        raise StoreMismatch(
+            f"{store.path}: this copy has {', '.join(sorted(held))} of teacher {known.name!r} and lacks "
+            f"{', '.join(sorted(known.taps.keys() - held))}, so nothing can be added to it; get the rest first: hdcache pull URL "
+            f"{store.path} --teacher {known.name}"
+        )
 
 
 def check_teacher(store: Store, teacher: Teacher, requests: Sequence[TapRequest], known: TeacherRecord) -> None:

@@ -26,13 +26,15 @@ from hdcache.datasets import Dataset, Source, digest
 from hdcache.durable import durable_parts, durable_write, partial_files
 from hdcache.errors import InputNotFound, OutOfSpace, StoreLocked, StoreMismatch, UnreadableImage
 from hdcache.extract.writer import is_recorded, salvaged, write_once
+from hdcache.geometry import read_shard_geometry
+from hdcache.index import write_index
 from hdcache.integrity import view_ledger
 from hdcache.packed import (
     BYTES,
-    COLUMNS,
     DIGEST,
     INDEX,
     Packed,
+    array_writers,
     bytes_key,
     bytes_metadata,
     packed,
@@ -41,9 +43,7 @@ from hdcache.packed import (
     pixels_ledger,
 )
 from hdcache.progress import Progress, size
-from hdcache.reader import read_shard_geometry
-from hdcache.schema import ArrayCard, Receipt, StoredObject
-from hdcache.shards import Codec
+from hdcache.schema import Receipt, StoredObject
 from hdcache.store import PIXELS, Store
 
 ENOUGH_TO_JUDGE = 8
@@ -79,7 +79,7 @@ def pack(store: Store, dataset: Dataset, *, threads: int, quiet: bool = True) ->
         when a signal asked for a stop; finished shards are kept.
     """
     with _turn(store, quiet=quiet):
-        _Packer(store, dataset, threads).run(quiet=quiet)
+        Packer(store, dataset, threads).run(quiet=quiet)
     found = packed_dataset(store)
     if found is None:
         raise StoreLocked(
@@ -132,7 +132,16 @@ _Read = tuple[bytes, int, str, bool]
 """Bytes to store, their form, why there are none, and whether the system could not read the file."""
 
 
-class _Packer:
+def write_metadata(store: Store, writers: Mapping[str, ShardWriter]) -> dict[str, StoredObject]:
+    """Write the metadata of groups and arrays where it is not there; its objects by key relative to the store's root."""
+    static = {key: writer.metadata for key, writer in writers.items()}
+    static |= {key: group_metadata({}) for key in (PIXELS, BYTES)}
+    return {f"{key}/zarr.json": write_once(store.path / key / "zarr.json", data) for key, data in static.items()}
+
+
+class Packer:
+    """Copies the samples of ``dataset`` into a store, shard by shard."""
+
     def __init__(self, store: Store, dataset: Dataset, threads: int) -> None:
         self.store, self.dataset, self.threads = store, dataset, threads
         self.ledger, self.order = pixels_ledger(store), packed_order(store)
@@ -144,15 +153,7 @@ class _Packer:
         """Of the shard in hand, where it was kept before and its bytes are lost."""
         self._doubtful: set[int] = set()
         """Its rows that a teacher could not decode: these may be mended."""
-        named = {"hdcache": {"columns": list(COLUMNS)}}
-        self.writers = {
-            INDEX: ShardWriter(
-                count, ArrayCard(shape=(2,), dtype="int64"), shard, shard, codec=Codec(), attributes=named
-            ),
-            DIGEST: ShardWriter(count, ArrayCard(shape=(32,), dtype="uint8"), shard, shard, codec=None, attributes={}),
-        }
-        for key, writer in self.writers.items():
-            writer.follow(self.store.path / key / "zarr.json")
+        self.writers = array_writers(store)
 
     def run(self, *, quiet: bool) -> None:
         for number in range(self.shards):
@@ -162,13 +163,7 @@ class _Packer:
         known = {number: self.ledger.receipt(number) for number in range(self.shards)}
         missing = sum(self._span(number)[1] - self._span(number)[0] for number, found in known.items() if found is None)
         self._check_space(missing)
-        static = {key: writer.metadata for key, writer in self.writers.items()}
-        static |= {key: group_metadata({}) for key in (PIXELS, BYTES)}
-        listed = {
-            path: write_once(self.store.path / path, data)
-            for key, data in static.items()
-            if (path := f"{key}/zarr.json")
-        }
+        listed = write_metadata(self.store, self.writers)
         what = f"keep the {self.dataset.card.noun} of {self.store.path.name}"
         with (
             ThreadPoolExecutor(self.threads, "pack") as pool,
@@ -177,11 +172,12 @@ class _Packer:
             bar.skip(self.count - missing)
             for number, receipt in known.items():
                 if receipt is None:
-                    self._restore(pool, number, bar.advance)
+                    self.restore(pool, number, bar.advance)
                 elif mended := self._mended(receipt):
                     self._rewrite(pool, receipt, mended)
         receipts = [receipt for number in range(self.shards) if (receipt := self.ledger.receipt(number)) is not None]
         self.ledger.seal(receipts, listed, teacher="", identity="", view=0, rows=self.count)
+        write_index(self.store)
 
     def _span(self, number: int) -> tuple[int, int]:
         return number * self.shard, min(self.count, (number + 1) * self.shard)
@@ -229,13 +225,23 @@ class _Packer:
                 f"{recorded.hex()[:12]}...); restore it, or extract to a new store"
             )
 
-    def _restore(self, pool: ThreadPoolExecutor, number: int, advance: Callable[[int], None]) -> None:
-        """Write a shard that is not there, or no longer whole, from the data set."""
+    def restore(
+        self, pool: ThreadPoolExecutor, number: int, advance: Callable[[int], None],
+        failed: Mapping[int, str] | None = None, *, trusted: bool = True,
+    ) -> None:  # fmt: skip
+        """Write a shard that is not there, or no longer whole, from the data set.
+
+        Rows that ``failed`` stay so. Old digests that can be read are ``trusted``, but where they are what is damaged.
+        """
         key = self.writers[DIGEST].key(number)
-        self._digests = salvaged(self.store, DIGEST, key, (self.count, 32), "uint8", self._span(number))
+        old = salvaged(self.store, DIGEST, key, (self.count, 32), "uint8", self._span(number)) if trusted else None
+        self._digests = old
         unread = view_ledger(self.store, 0).receipt(number)
         self._doubtful = {*unread.failed} if unread is not None else set()
-        self._write(pool, number, self._read_again, advance)
+        lost = failed or {}
+        self._write(
+            pool, number, lambda row: (b"", 0, lost[row], False) if row in lost else self._read_again(row), advance
+        )
 
     def _read_again(self, row: int) -> _Read:
         found = self._read(row)

@@ -23,11 +23,12 @@ from hdcache.datasets import Dataset
 from hdcache.errors import InputNotFound, TooManyFailures, UsageError
 from hdcache.extract.capacity import AHEAD, held_per_row, shards_ahead
 from hdcache.extract.lanes import Encoded, Lanes
+from hdcache.extract.pixel_digests import pixel_digests
 from hdcache.extract.rows import decode_row, order_of, shard_rows
 from hdcache.extract.writer import Row, ViewWriter
 from hdcache.plain_encodings import Parts
 from hdcache.progress import counted
-from hdcache.reader import MASK_ARRAY
+from hdcache.row_arrays import MASK_ARRAY
 from hdcache.samples import Recorded
 from hdcache.store import Store
 from hdcache.teachers import Teacher, batches
@@ -144,9 +145,15 @@ class Pipeline:
                     shard = under_way.pop(0)
                     encoded = [batch.result() for batch in shard.batches]
                     # What waits to be written needs the rows' numbers, not their pixels.
-                    rows = [dataclasses.replace(row.result(), pixels=None) for row in shard.rows]
-                    readable = [row.result().pixels is not None for row in shard.rows]
+                    seen = [row.result() for row in shard.rows]
+                    readable = [row.pixels is not None for row in seen]
+                    digests = pixel_digests([row.pixels for row in seen])
+                    rows = [
+                        dataclasses.replace(row, pixels=None, pixel_digest=digest.tobytes())
+                        for row, digest in zip(seen, digests, strict=True)
+                    ]
                     # Their results would stay in memory until the next shard is encoded.
+                    seen.clear()
                     shard.rows.clear()
                     shard.batches.clear()
                     self._check_data(shard.number, rows)

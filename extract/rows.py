@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hdcache.datasets import Dataset
 from hdcache.errors import StoreMismatch, UnreadableImage
 from hdcache.extract.writer import Row, is_recorded
-from hdcache.reader import read_shard_geometry
+from hdcache.geometry import read_shard_geometry
 from hdcache.samples import Recorded, open_sample
 from hdcache.schema import Preprocessing
 from hdcache.store import Store

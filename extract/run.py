@@ -28,6 +28,7 @@ from hdcache.extract.packing import bytes_per_sample, pack
 from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.summary import ExtractSummary, account
 from hdcache.extract.writer import ViewWriter
+from hdcache.index import write_index
 from hdcache.progress import Progress, size
 from hdcache.resources import available_cores
 from hdcache.schema import MaskSpec, TapRequest, TeacherRecord, ViewSpec
@@ -120,6 +121,10 @@ def extract(
     for setting, value in (("num_views", num_views), ("threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{setting} {value} must be at least 1")
+    if "://" in str(store):
+        raise UsageError(
+            f"{store}: extraction writes to a folder of this machine; give one, then copy it: hdcache push FOLDER {store}"
+        )
     if not teachers:
         raise UsageError(
             "no teacher given; say --teacher NAME=SPEC, for example --teacher dino=timm:vit_small_patch14_dinov2.lvd142m"
@@ -201,6 +206,7 @@ def extract(
                 dataset = pack(opened, dataset, threads=decoding, quiet=quiet)
             for spec in teachers:
                 take(spec)
+            write_index(opened)  # a kill may have come between a seal and its entry
         return summary
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
@@ -16,16 +16,21 @@ from numpy.typing import NDArray
 
 from hdcache.arrays import ArrayReader, ShardWriter, group_metadata
 from hdcache.durable import durable_write, partial_files, stored_object
-from hdcache.encodings import Encoder, codec_of
 from hdcache.errors import StoreCorrupt, StoreMismatch
+from hdcache.extract.pixel_digests import DIGEST_CARD, PIXEL_DIGESTS, keeps_digests
+from hdcache.geometry import read_shard_geometry
+from hdcache.index import write_index
 from hdcache.integrity import Ledger, teacher_ledger, view_ledger
-from hdcache.plain_encodings import Parts
-from hdcache.reader import MASK_ARRAY, mask_array, read_shard_geometry, row_bytes
 from hdcache.resources import available_cores
+from hdcache.row_arrays import MASK_ARRAY, Parts, codec_of, mask_array, row_bytes
 from hdcache.schema import ArrayCard, Receipt, StoredObject, TapCard, TeacherRecord
 from hdcache.shards import Codec, Map, rows_together
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns
 from hdcache.views import Box
+
+if TYPE_CHECKING:
+    # Rows that were encoded elsewhere are written without torch.
+    from hdcache.encodings import Encoder
 
 ARRAYS = 4
 """Arrays of one shard that are compressed and flushed to disk at once."""
@@ -75,6 +80,8 @@ class Row:
     """Whether the system could not read the file, as against bytes that are no image."""
     frames: tuple[int, ...] = ()
     """Indices of a clip's frames in its video."""
+    pixel_digest: bytes = bytes(32)
+    """Of the pixels that a teacher saw, where one is kept (:mod:`hdcache.extract.pixel_digests`)."""
 
     def geometry(self, columns: int) -> list[int]:
         """The row's numbers in the order of the store's columns; a failed one has no frames."""
@@ -113,6 +120,11 @@ class ViewWriter:
             self._writers[MASK_ARRAY] = ShardWriter(
                 self.rows, mask_array(record.card), chunk, shard, codec=None, attributes={"hdcache": bits}
             )
+        if keeps_digests(self.ledger.folder):
+            # The last of them: its metadata is written before that of all others.
+            self._writers[PIXEL_DIGESTS] = ShardWriter(
+                self.rows, DIGEST_CARD, shard, shard, codec=Codec(), attributes={}
+            )
         columns = geometry_columns(card.views)
         self._columns = len(columns)
         named = {"hdcache": {"columns": list(columns)}}
@@ -147,7 +159,7 @@ class ViewWriter:
         folders = {f"/{folder}" for key in writers if (folder := key.rpartition("/")[0])}
         metadata = {f"{ledger.key}{folder}": group_metadata({}) for folder in sorted({"", *folders})}
         metadata |= {f"{ledger.key}/{key}": writer.metadata for key, writer in writers.items()}
-        for folder, data in metadata.items():
+        for folder, data in reversed(metadata.items()):
             static[f"{folder}/zarr.json"] = write_once(self.store.path / folder / "zarr.json", data)
 
     def _clear(self) -> None:
@@ -208,6 +220,8 @@ class ViewWriter:
         start = shard * self.store.card.rows_per_shard
         span = (start, start + len(rows))
         blocks = {f"{tap}/{name}": block for tap, arrays in parts.items() for name, block in arrays.items()}
+        if PIXEL_DIGESTS in self._writers:
+            blocks[PIXEL_DIGESTS] = np.frombuffer(b"".join(row.pixel_digest for row in rows), np.uint8).reshape(-1, 32)
         with ThreadPoolExecutor(available_cores(), "compress") as pool, ThreadPoolExecutor(ARRAYS, "arrays") as arrays:
             written = arrays.map(lambda key: self._write_array(shard, key, blocks[key], pool.map), blocks)
             objects = dict(written)
@@ -321,6 +335,7 @@ class ViewWriter:
         root = f"teachers/{self.record.name}"
         static = {f"{root}/{key}": value for key, value in self.record.objects.items()} | self._static
         self._seal(self.ledger, static, teacher=self.record.name, identity=self.record.identity_digest())
+        write_index(self.store)
 
     def _seal(self, ledger: Ledger, static: Mapping[str, StoredObject], *, teacher: str, identity: str) -> None:
         receipts = [receipt for shard in range(self.shards) if (receipt := ledger.receipt(shard)) is not None]

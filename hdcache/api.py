@@ -22,6 +22,7 @@ from hdcache.photometric import Photometric
 from hdcache.reader import TeacherReader
 from hdcache.resources import available_cores
 from hdcache.schema import Preprocessing
+from hdcache.sharing.streaming import open_store as open_url_or_folder
 from hdcache.store import Store
 from hdcache.target_sources import open_targets
 
@@ -140,8 +141,8 @@ class OpenedStore:
         return verify(self.store, quick=quick)
 
 
-def open_store(path: str | Path) -> OpenedStore:
-    """Open a store.
+def open_store(path: str | Path, *, cache_size: str | int | None = None) -> OpenedStore:
+    """Open a store in a folder, or at a URL through a cache of ``cache_size`` bytes (``50GB``) on this machine.
 
     Raises
     ------
@@ -150,4 +151,4 @@ def open_store(path: str | Path) -> OpenedStore:
     StoreMismatch
         when it was written in a newer format.
     """
-    return OpenedStore(Store.open(path))
+    return OpenedStore(open_url_or_folder(path, cache_size=cache_size))

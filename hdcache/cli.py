@@ -16,10 +16,12 @@ from typing import Any, NoReturn
 
 import click
 
+from hdcache.cli_check import gc, repair, verify
 from hdcache.cli_distill import chain, distill
 from hdcache.cli_extract import extract, plan
 from hdcache.cli_options import output, prepare, print_result
 from hdcache.cli_recipes import recipes
+from hdcache.cli_share import catalog, export_store, pull, push, serve
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage, 3 input or store not found, 4 failures above --max-failures, "
@@ -98,46 +100,13 @@ def info(as_json: bool, quiet: bool, verbose: int, store: str) -> None:
     """What STORE holds: data set, views, teachers, taps, measured errors, bytes."""
     prepare(quiet, verbose)
     from hdcache.info import describe_store, format_store
-    from hdcache.store import Store
+    from hdcache.sharing.streaming import open_store
 
-    facts = describe_store(Store.open(store))
+    facts = describe_store(open_store(store))
     print_result(facts, format_store(facts), as_json)
 
 
-@cli.command()
-@click.argument("store")
-@click.option("--quick", is_flag=True, help="Sizes only, no checksums.")
-@output
-def verify(as_json: bool, quiet: bool, verbose: int, store: str, quick: bool) -> None:
-    """Check every object of STORE against its manifest; exit 5 and the list of damaged objects otherwise."""
-    prepare(quiet, verbose)
-    from dataclasses import asdict
-
-    from hdcache.errors import StoreCorrupt
-    from hdcache.integrity import verify as run
-    from hdcache.progress import Progress, size
-    from hdcache.store import Store
-
-    with Progress("verify", 0, "bytes", quiet=quiet) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.advance(done - bar.done)
-
-        found = run(Store.open(store), quick=quick, progress=advance)
-    lines = [
-        f"{found.objects:,} objects, {size(found.bytes)}: {'all good' if found.good else f'{len(found.faults)} damaged'}"
-    ]
-    lines += [f"not sealed yet: {key}" for key in found.unsealed]
-    lines += [f"not part of the store: {key}" for key in found.unlisted]
-    print_result(asdict(found) | {"good": found.good}, "\n".join([*lines, *found.faults]), as_json)
-    if not found.good:
-        raise StoreCorrupt(
-            f"{store}: {len(found.faults)} damaged objects, listed above; copy the store again, or extract to a new one"
-        )
-
-
-for command in (extract, plan, distill, chain, recipes):
+for command in (extract, plan, distill, chain, verify, repair, gc, recipes, push, pull, export_store, catalog, serve):
     cli.add_command(command)
 
 

@@ -18,7 +18,11 @@ from hdcache.resources import keep_freed_memory
     "--out", required=True,
     help="Folder of the run; of several students, of their folders, each named as its recipe. The same command again goes on there.",
 )  # fmt: skip
-@click.option("--store", help="Store with the teachers' targets.")
+@click.option("--store", help="Store with the teachers' targets: a folder, or s3://, gs://, az://, http(s)://.")
+@click.option(
+    "--cache-size", metavar="BYTES", help="Of a --store at a URL: what its objects may take on this machine, e.g. 50GB.  "
+    "[default: 100GB, or half of the free disk]",
+)  # fmt: skip
 @click.option("--data", help="Data set, when there is no store or the data has moved.")
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE",

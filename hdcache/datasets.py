@@ -113,8 +113,8 @@ def open_dataset(spec: str, *, classes: Sequence[str] | None = None, cache: Path
     return hugging_face(parsed, classes) if parsed.kind == "hf" else torchvision(parsed, classes)
 
 
-def store_dataset(store: Store, spec: str | None = None) -> Dataset:
-    """The data set of a store: the one at ``spec``, else the samples that the store keeps, else where it was.
+def store_dataset(store: Store, spec: str | None = None, *, kept: bool = True) -> Dataset:
+    """The data set of a store: the one at ``spec``, else the samples that the store keeps (if ``kept`` ones will do), else where it was.
 
     Whether it is the one that the store was made from is the caller's to check: by the fingerprint. A store may come from
     anybody, and no seal covers where it says its data was: its ``download=`` is ignored, and what is read is logged before,
@@ -122,7 +122,7 @@ def store_dataset(store: Store, spec: str | None = None) -> Dataset:
     """
     card = store.card.dataset
     if not spec:
-        if (own := packed_dataset(store)) is not None:
+        if kept and (own := packed_dataset(store)) is not None:
             return own
         recorded = _recorded(store)
         spec = recorded.canonical()

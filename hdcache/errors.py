@@ -28,6 +28,12 @@ class InputNotFound(HdcacheError, FileNotFoundError):
     exit_code = 3
 
 
+class Unreachable(HdcacheError):
+    """A place of objects that does not answer, refuses, or answers with something else (exit 3)."""
+
+    exit_code = 3
+
+
 class UnreadableImage(HdcacheError):
     """One sample that could not be decoded; extraction records it as a failed row and goes on."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from hdcache.masks import mask_facts, mask_text
 from hdcache.progress import size
 from hdcache.schema import TapCard, TeacherRecord
 from hdcache.store import PIXELS, Store, is_view
+
+MADE_BY = "made_by"
+"""Key in a store's ``written_with`` of who made it, where ``HDCACHE_MADE_BY`` said so: no name is taken unasked."""
 
 
 def describe_store(store: Store) -> dict[str, Any]:
@@ -24,12 +28,12 @@ def describe_store(store: Store) -> dict[str, Any]:
         "rows_per_shard": card.rows_per_shard,
         "rows_per_chunk": card.rows_per_chunk,
         "written_with": store.about.written_with,
-        "pixels": _pixels(store),
-        "teachers": {name: _teacher(store, name) for name in store.teachers()},
+        "pixels": describe_pixels(store),
+        "teachers": {name: describe_teacher(store, name) for name in store.teachers()},
     }
 
 
-def _pixels(store: Store) -> dict[str, Any] | None:
+def describe_pixels(store: Store) -> dict[str, Any] | None:
     """What the store keeps of the samples themselves; None where it keeps none, or not yet all."""
     ledger = Ledger(store.path, PIXELS)
     if not ledger.sealed:
@@ -47,11 +51,12 @@ def _pixels(store: Store) -> dict[str, Any] | None:
     }
 
 
-def _teacher(store: Store, name: str) -> dict[str, Any]:
+def describe_teacher(store: Store, name: str) -> dict[str, Any]:
+    """One teacher: its card, taps, certificates, sizes and seals."""
     record = store.teacher(name)
     views = {}
-    # A masked teacher's rows begin with which tokens it saw.
-    stored: dict[str, int] = dict.fromkeys([*record.taps, "mask"], 0)
+    # Beside the taps lie which tokens a masked teacher saw, and digests of some rows' pixels.
+    stored: dict[str, int] = dict.fromkeys([*record.taps, "mask", "pixels"], 0)
     sealed_rows = 0
     for view in store.views(name):
         manifest = teacher_ledger(store, name, view).manifest()
@@ -105,9 +110,8 @@ def _pixels_text(facts: dict[str, Any]) -> str:
     return f"samples   kept here, {size(kept['bytes'])}{failed}{shrunk}"
 
 
-def format_store(facts: dict[str, Any]) -> str:
-    """The description as a page of text."""
-    data, views = facts["dataset"], facts["views"]
+def views_text(views: Mapping[str, Any]) -> str:
+    """How views are drawn, in words, of a :class:`~hdcache.schema.ViewSpec` as JSON."""
     geometry = {
         "random-resized-crop": f"random resized crops of area {views['scale'][0]:g} to {views['scale'][1]:g}",
         "center-crop": f"centre crops of {views['fraction']:g} of the shorter side",
@@ -116,11 +120,17 @@ def format_store(facts: dict[str, Any]) -> str:
     }[views["kind"]]
     if views.get("frames") is not None:
         geometry = f"clips of {views['frames']} frames at stride {views.get('stride', 1)}, {geometry}"
+    return f"{geometry}, flip {views['flip']:g}, seed {views['seed']}"
+
+
+def format_store(facts: dict[str, Any]) -> str:
+    """The description as a page of text."""
+    data = facts["dataset"]
     lines = [
         f"{facts['path']}  (store format {facts['format']})",
         f"data      {data['count']:,} {'videos' if data['kind'] == 'video' else 'images'}, {data['classes']} classes, from {data['spec']}",
         *([_pixels_text(facts)] if facts["pixels"] or data.get("shorter_side") else []),
-        f"views     {geometry}, flip {views['flip']:g}, seed {views['seed']}",
+        f"views     {views_text(facts['views'])}",
     ]
     for name, teacher in facts["teachers"].items():
         card = teacher["card"]

@@ -328,3 +328,14 @@ def test_make_bench_runs_every_script_that_has_a_quick_form() -> None:
     assert listed is not None
     quick = sorted(path.stem for path in SCRIPTS.glob("*.py") if '"--quick"' in path.read_text(encoding="utf-8"))
     assert listed[1].split() == quick, "the list of quick benchmarks in the Makefile"
+
+
+@pytest.mark.slow
+def test_streaming_is_compared_with_a_folder(tmp_path: Path) -> None:
+    printed = call("streaming.py", "--quick", "--rows=512", f"--out={tmp_path / 'out'}")
+    found = json.loads((tmp_path / "out" / "streaming.json").read_text())
+    ways = ["folder", "download alone", "streamed, first epoch", "streamed, later epochs", "streamed, small cache"]
+    assert list(found["seconds"]) == [*ways, "pulled first, first epoch"]
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert found["fetched_small"] > 1, "what does not fit is fetched again"
+    assert printed.splitlines()[2].endswith("| 1.00 |")

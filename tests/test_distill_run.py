@@ -23,10 +23,11 @@ from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.extract.run import extract
 from hdcache.integrity import teacher_ledger
+from hdcache.leases import lease
 from hdcache.loader import Loader
 from hdcache.options import Options
 from hdcache.schema import Preprocessing, ViewSpec
-from hdcache.store import Store, write_lock
+from hdcache.store import Store
 
 Make = Callable[..., Recipe]
 EXTRACT: dict[str, Any] = {"precision": "fp32", "device": "cpu", "batch": 8, "rows_per_shard": 8, "threads": 2}
@@ -338,8 +339,8 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(
 
 def test_a_folder_that_is_being_written_is_refused(tiny_store: Path, tmp_path: Path, quick: Recipe) -> None:
     with (
-        write_lock(tmp_path / "a" / ".lock-0"),
-        pytest.raises(StoreLocked, match=r"/a is being written by process \d+ on .*; wait for it, or stop it"),
+        lease(tmp_path / "a" / ".lock-0"),
+        pytest.raises(StoreLocked, match=r"/a is being written by \S+, process \d+ on .*; wait for it, or stop it"),
     ):
         run(quick, tmp_path / "a", store=tiny_store)
     assert run(quick, tmp_path / "a", store=tiny_store)["steps"] == 4

@@ -25,6 +25,7 @@ from hdcache.distill.recipes import RECIPES, get_recipe
 from hdcache.distill.run_recipes import resolve_several
 from hdcache.errors import UsageError
 from hdcache.extract.run import extract
+from hdcache.geometry import read_geometry
 from hdcache.reader import TeacherReader
 from hdcache.store import Store
 from hdcache.taps import Tokens, parse_tap
@@ -281,23 +282,51 @@ def test_recipes_that_are_named_exist(page: Path) -> None:
     assert named - NO_RECIPES <= RECIPES.keys()
 
 
-@pytest.mark.parametrize("grid", [True, False])
-def test_a_store_is_read_with_zarr_and_numpy_alone(grid: bool, tmp_path: Path, tiny: str) -> None:
-    """The page's own lines, on a store whose codes are frequencies and on one whose codes are not."""
+READING = [b for b in python_blocks(ROOT / "docs" / "store-format.md") if "tests/test_docs.py runs it" in b.before]
+
+
+@pytest.mark.parametrize(
+    ("grid", "fidelity", "arrays"),
+    [
+        (True, 0.3, {"codes"}),
+        (False, 0.3, {"codes"}),
+        (True, 0.003, {"wide", "codes"}),
+        (False, 0.01, {"wide", "codes"}),
+    ],
+)
+def test_a_store_is_read_with_zarr_and_numpy_alone(
+    grid: bool, fidelity: float, arrays: set[str], tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's own lines: codes that are frequencies and that are not, of 8 bits and of 16; the other encodings; ids and labels."""
     flat = np.random.default_rng(0).integers(0, 256, (80, 1, 1, 3), dtype=np.uint8)
     rough = np.random.default_rng(1).integers(0, 256, (80, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / "data.npz", images=np.broadcast_to(flat, rough.shape) if grid else rough)
-    options: dict[str, Any] = {"fidelity": 0.3, "device": "cpu", "precision": "fp32", "quiet": True}
-    path = tmp_path / "train.hdc"
-    extract(
-        f"npz:{tmp_path / 'data.npz'}", store=path, teachers=[f"dino={tiny}"], taps=["final"], views="resize", **options
-    )
-    reader = TeacherReader(Store.open(path), "dino")
-    assert (reader.record.taps["final"].grid is not None) == grid
-    (block,) = [b for b in blocks_and_prose(ROOT / "docs" / "store-format.md")[0] if b.language == "python"]
+    images = np.broadcast_to(flat, rough.shape) if grid else rough
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(80) % 3 - 1)
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "precision": "fp32",
+        "taps": ["final"],
+        "views": "resize",
+        "quiet": True,
+    }
+    for name, encoding in (("dino", "klt"), ("clip", "int8"), ("mae", "fp16"), ("deit", "bf16")):
+        options["fidelity"] = fidelity if encoding == "klt" else None
+        extract("npz:data.npz", store="train.hdc", teachers=[f"{name}={tiny}"], encoding=encoding, **options)
+    store = Store.open("train.hdc")
+    card = TeacherReader(store, "dino").record.taps["final"]
+    assert (card.grid is not None, {*card.arrays} - {"prefix"}) == (grid, arrays)
+    assert len(READING) == 3
     names: dict[str, Any] = {}
-    exec(block.text.replace("train.hdc", str(path)), names)  # the page is ours
-    expected = reader.tap(0, "final", 0, 8)
-    assert isinstance(expected, Tokens)
-    np.testing.assert_allclose(names["patches"], expected.patches.numpy(), rtol=1e-4, atol=1e-4)
-    assert names["sample"].shape == (8,)
+    for block in READING:
+        exec(compile(block.text, "store-format.md", "exec", dont_inherit=True), names)  # the page is ours
+    for teacher, name in (("dino", "patches"), ("clip", "int8"), ("mae", "fp16"), ("deit", "bf16")):
+        expected = TeacherReader(store, teacher).tap(0, "final", 0, 8)
+        assert isinstance(expected, Tokens)
+        np.testing.assert_allclose(names[name], expected.patches.numpy(), rtol=1e-4, atol=1e-4, err_msg=name)
+        if teacher == "dino":
+            assert np.array_equal(names["prefix"], expected.prefix.numpy())
+    assert names["sample"].tolist() == read_geometry(store, 0)[0][:8, 0].tolist()
+    assert names["ids"] == list(store.ids)
+    assert names["labels"].tolist() == store.labels.tolist()
+    assert (names["classes"], names["failed"]) == (list(store.card.dataset.classes), {})

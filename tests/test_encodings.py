@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hdcache.encodings import Encoder, compresses, fit, request, rounded
+from hdcache.encodings import Encoder, fit, request, rounded
 from hdcache.errors import UsageError
 from hdcache.klt_decoding import unfold
+from hdcache.row_arrays import compresses
 from hdcache.schema import TapRequest
 from hdcache.shards import LEVEL
 from hdcache.taps import Tokens
@@ -463,14 +464,6 @@ def test_a_certificate_is_measured_a_few_rows_at_a_time(monkeypatch: pytest.Monk
     certificate = fit(request("block1.rel.vv", None, None), exact, exact).card.certificate
     assert sizes == [8, 8, 8, 8, 5]
     assert certificate.heldout_rows == 37
-
-
-def test_what_is_worth_a_codec() -> None:
-    """Integer codes are; floats and the prefix are stored raw."""
-    assert [compresses(dtype, "codes") for dtype in ("int8", "int16", "uint8", "uint16", "float16", "float32")] == [
-        True, True, True, False, False, False
-    ]  # fmt: skip
-    assert not compresses("uint8", "prefix")
 
 
 @pytest.mark.parametrize("grid", [None, (4, 4), (2, 3, 4), (24, 24)], ids=str)

@@ -25,12 +25,12 @@ from hdcache.batch import Batch
 from hdcache.datasets import Dataset, open_dataset
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.extract.run import extract
+from hdcache.geometry import read_geometry
 from hdcache.integrity import teacher_ledger
 from hdcache.loader import Loader
 from hdcache.options import Options
 from hdcache.order import rank_slice
 from hdcache.photometric import Photometric
-from hdcache.reader import read_geometry
 from hdcache.runs import Runs
 from hdcache.samples import open_views
 from hdcache.schema import Manifest, Preprocessing, ViewSpec

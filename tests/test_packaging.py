@@ -75,7 +75,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = {name for name in names if ".dist-info/" in name}
-    assert names - info == modules() | {"hdcache/py.typed"}
+    web = {f"hdcache/sharing/web/{path.name}" for path in (ROOT / "hdcache/sharing/web").iterdir()}
+    assert names - info == modules() | web | {"hdcache/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
 

@@ -38,6 +38,7 @@ from hdcache.extract.run import extract
 from hdcache.extract.summary import ExtractSummary
 from hdcache.info import describe_store, format_store
 from hdcache.integrity import verify
+from hdcache.leases import Owner
 from hdcache.packed import bytes_key, packed_order, pixels_ledger
 from hdcache.pixels import decode, digest
 from hdcache.store import Store
@@ -393,7 +394,7 @@ def test_who_waits_says_for_whom(
     monkeypatch.setattr(time, "sleep", sleep)
     pack(store, dataset, threads=1, quiet=False)
     assert len(slept) == 3
-    assert capsys.readouterr().err.count(f"is being written by process {os.getpid()}") == 1
+    assert capsys.readouterr().err.count(f"is being written by {Owner.here().user}, process {os.getpid()}") == 1
 
 
 def test_a_seal_that_another_process_withdrew_is_said(
@@ -481,7 +482,7 @@ def test_the_guess_of_bytes_and_the_plan_count_samples(tmp_path: Path, tiny: str
 
 def test_samples_lie_in_the_order_of_the_first_view(tmp_path: Path, tiny: str, make_folder: Make) -> None:
     """An epoch over view 0 reads its files from end to end."""
-    from hdcache.reader import read_geometry
+    from hdcache.geometry import read_geometry
 
     run(make_folder(tmp_path / "d", 20), tmp_path / "s", f"t={tiny}", pixels="source")
     store = Store.open(tmp_path / "s")

@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from timm.layers import LayerNorm, RmsNorm
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
@@ -16,14 +14,12 @@ from torch import Tensor
 from hdcache.errors import UsageError
 from hdcache.relations import relation, split_heads
 from hdcache.taps import (
-    GRAMMAR,
     Tokens,
     attention_of,
     embed_tokens,
     forward_taps,
     gather_patches,
     num_blocks,
-    parse_tap,
 )
 
 DEPTH = 3
@@ -339,34 +335,6 @@ def test_nothing_is_dropped_after_the_last_tap() -> None:
 
 
 # Names
-
-
-@given(
-    block=st.integers(1, 9999),
-    what=st.sampled_from(
-        ["out", "attn_in", "qkv", "attn_out", "mid", "mlp_out", "rel.qk", "rel.vv", "rel.qq", "rel.kk"]
-    ),
-    heads=st.none() | st.integers(1, 9999),
-)
-def test_every_name_of_the_grammar_parses_to_its_parts(block: int, what: str, heads: int | None) -> None:
-    kind = what.partition(".")[2]
-    name = f"block{block}.{what}" + (f"@{heads}" if heads and kind else "")
-    tap = parse_tap(name)
-    assert (tap.name, tap.block, tap.what, tap.kind) == (name, block, "rel" if kind else what, kind)
-    assert tap.heads == (heads if kind else None)
-    assert tap.is_tokens == (not kind)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", "block0.out", "block.out", "block1", "block1.rel", "block1.rel.qv", "block01.out", "block-1.out", "Final",
-     "block1.out@3", "block1.rel.qk@0", "block1.rel.qk@", "block1.out\n", "block1.out ", "block1\uff11.out", "norm",
-     "block99999.out"],
-)  # fmt: skip
-def test_other_names_are_refused_with_the_grammar(name: str) -> None:
-    with pytest.raises(UsageError, match=r"unknown tap .*; taps are blockN\.out, blockN\.attn_in") as caught:
-        parse_tap(name)
-    assert GRAMMAR in str(caught.value)
 
 
 def test_a_block_beyond_the_depth_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hdcache.datasets import open_dataset
 from hdcache.errors import InputNotFound, UsageError
 from hdcache.extract.run import extract
-from hdcache.reader import read_geometry
+from hdcache.geometry import read_geometry
 from hdcache.samples import open_sample
 from hdcache.store import Store
 from hdcache.taps import Tokens

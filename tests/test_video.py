@@ -33,11 +33,12 @@ from hdcache.extract.capacity import shards_ahead
 from hdcache.extract.opening import SHARD_PIXELS, shard_size
 from hdcache.extract.pipeline import Pipeline
 from hdcache.extract.run import ExtractSummary, extract
+from hdcache.geometry import read_geometry
 from hdcache.info import describe_store, format_store
 from hdcache.integrity import verify
 from hdcache.loader import Loader
 from hdcache.options import Options
-from hdcache.reader import TeacherReader, read_geometry
+from hdcache.reader import TeacherReader
 from hdcache.rendering import Rendering
 from hdcache.samples import OpenedSample, open_sample, open_views
 from hdcache.schema import Preprocessing, ViewSpec

@@ -18,8 +18,9 @@ import pytest
 from hdcache.arrays import ShardWriter
 from hdcache.errors import OutOfSpace, StoreCorrupt, StoreMismatch
 from hdcache.extract.writer import Row, ViewWriter, is_recorded, write_once
+from hdcache.geometry import read_geometry, read_shard_geometry
 from hdcache.integrity import verify
-from hdcache.reader import TeacherReader, read_geometry, read_shard_geometry
+from hdcache.reader import TeacherReader
 from hdcache.store import Store
 from hdcache.views import row_order
 

@@ -1,0 +1,241 @@
+"""Damage to every object of a store, and who notices: opening, reading, ``verify --quick`` and ``verify``.
+
+    python benchmarks/faults.py --out DIR            # some 6,000 injections in two processes: about ten minutes
+    python benchmarks/faults.py --out DIR --quick    # a drawn sample of them: seconds
+
+The store (tests/lane_store.py) has every encoding, masks, failed rows, kept samples, two teachers and two views. Each object is
+deleted, cut, extended, zero-filled, exchanged with its siblings, overwritten by them and by the same object of an earlier and of another
+store, and has single bits flipped at drawn places. After each of these, everything is opened and read anew by every way of
+reading, and compared to the bit with what was there before; then the store is verified, and mended for the next. The same is
+done to drawn objects at the source of a streamed store, and to the files of its cache.
+
+Prints one table and writes DIR/faults.json. Exit status 1 where anything was read that was not there, or an error was not ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import damage
+from hdcache.draws import permutation
+from hdcache.progress import Progress
+from hdcache.sharing.streaming import open_store
+from hdcache.store import Store
+
+STALE = {"of an earlier version of the store": 1, "of another store": 2}
+CAMPAIGNS = ("store", "source", "cache")
+NAMED = {"store": "", "source": "streamed, at its source", "cache": "streamed, in its cache"}
+TASK = 8
+"""Injections that a process is given at a time."""
+CLASSES = (
+    ("about.json", r"(?:teachers/[^/]+/)?about\.json"),
+    ("index.json", r"index\.json"),
+    ("croissant.json", r"croissant\.json"),
+    ("receipts of sealed ledgers", r".*/receipts/\d+\.json"),
+    ("manifests", r".*/manifest\.json"),
+    ("the store's record", r"zarr\.json"),
+    ("teachers' records", r"teachers/[^/]+/zarr\.json"),
+    ("records of folders", r"(?:samples|views|teachers|.*/views(?:/\d+(?:/[^/]+)?)?|views/\d+|samples/pixels)/zarr\.json"),
+    ("the samples' receipt", r"samples/receipt\.json"),
+    ("metadata of arrays", r".*/zarr\.json"),
+    ("constants and weights", r"teachers/[^/]+/(?:encodings|weights)/.*"),
+    ("rows", r"teachers/.*"),
+    ("geometry", r"views/.*"),
+    ("samples", r"samples/.*"),
+    ("objects of the cache", r"objects/.*"),
+)  # fmt: skip
+
+
+class Bench:
+    """One process's copy of the store, and all that can happen to it; the same in every process."""
+
+    def __init__(self, stores: Path, scratch: Path, seed: int, flips: int) -> None:
+        os.fsync = lambda *_: None  # a power cut is none of these faults
+        logging.disable(logging.WARNING)
+        self.root, self.cache = scratch / "store", scratch / "cache"
+        shutil.copytree(stores / "0", self.root)
+        self.objects = damage.objects_of(self.root)
+        others = {name: damage.objects_of(stores / str(version)) for name, version in STALE.items()}
+        self.injections = {"store": damage.injections(self.objects, others, flips, seed)}
+        self.injections["source"] = self.injections["store"]
+        self.truth = damage.read_everything(lambda: Store.open(self.root))
+        broken = [f"{name}: {found}" for name, found in self.truth.items() if isinstance(found, Exception)]
+        if broken or damage.read_everything(lambda: self.streamed(self.cache)) != self.truth:
+            raise SystemExit(f"the undamaged store cannot be read: {broken[:1]}")
+        self.cached = damage.objects_of(self.cache)
+        self.injections["cache"] = damage.injections(self.cached, {}, 1, seed)
+
+    def streamed(self, cache: Path) -> Store:
+        """The store at a URL, through a cache."""
+        return open_store(f"file://{self.root}", cache=cache, cache_size="1GB")
+
+    def run(self, campaign: str, number: int) -> dict[str, Any]:
+        """One injection, and what became of it."""
+        injection = self.injections[campaign][number]
+        found: dict[str, Any] = {"campaign": campaign, "kind": injection.kind, "key": injection.key}
+        if campaign == "store":
+            with injection.applied(self.root, self.objects):
+                read = damage.read_everything(lambda: Store.open(self.root))
+                verdict = damage.judge(injection, self.root, self.truth, read)
+            found |= {"quick": verdict.quick, "full": verdict.full}
+            bugs = list(verdict.bugs)
+        elif campaign == "source":
+            empty = self.cache.with_name("empty")
+            with injection.applied(self.root, self.objects):
+                read = damage.read_everything(lambda: self.streamed(empty))
+            shutil.rmtree(empty, ignore_errors=True)
+            bugs = damage.bugs_of(injection, self.root, read)
+        else:
+            with injection.applied(self.cache, self.cached):
+                read = damage.read_everything(lambda: self.streamed(self.cache))
+            bugs = damage.bugs_of(injection, self.cache, read)
+        wrong = damage.wrong_ways(self.truth, read)
+        return found | {"reading": damage.reading_of(self.truth, read), "wrong": wrong, "bugs": bugs}
+
+
+_bench: list[Bench] = []
+
+
+def begin(stores: Path, scratch: Path, seed: int, flips: int) -> None:
+    """Make the store of a process."""
+    _bench.append(Bench(stores, Path(tempfile.mkdtemp(dir=scratch)), seed, flips))
+
+
+def totals(_: int) -> dict[str, int]:
+    """Injections that there are."""
+    return {name: len(found) for name, found in _bench[0].injections.items()}
+
+
+def run(campaign: str, numbers: list[int]) -> list[dict[str, Any]]:
+    """Some injections, in a process that has begun."""
+    return [_bench[0].run(campaign, number) for number in numbers]
+
+
+def class_of(key: str) -> str:
+    """What kind of object a key names."""
+    key = re.sub(r"^stores/[^/]+/", "", key)
+    return next((name for name, pattern in CLASSES if re.fullmatch(pattern, key)), key)
+
+
+def merged(kind: str) -> str:
+    """The line of the table that a kind of damage is counted in."""
+    return re.sub(r"^(exchanged with|overwritten by) (.*)", r"\1 a sibling", kind)
+
+
+def line(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Some injections as numbers."""
+    reading = Counter(one["reading"] for one in found)
+    facts: dict[str, Any] = {"name": name, "injections": len(found)}
+    facts |= {key: reading[key] for key in ("open", "read", "same", "wrong")}
+    whole = all("full" in one for one in found)
+    return facts | {key: sum(one[key] for one in found) if whole else None for key in ("quick", "full")}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = ("damage", "injections", "refused when opened", "refused when read", "read as before", "**silently wrong**", "named by verify --quick", "named by verify")  # fmt: skip
+    keys = ("injections", "open", "read", "same", "wrong", "quick", "full")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows += [
+        f"| {one['name']} | {' | '.join('' if one[key] is None else f'{one[key]:,}' for key in keys)} |"
+        for one in lines
+    ]
+    return "\n".join(rows)
+
+
+def counted(found: list[dict[str, Any]]) -> dict[str, int]:
+    """Injections by the kind of object that they damage."""
+    return dict(Counter(class_of(one["key"]) for one in found).most_common())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flips", type=int, default=4, help="bits to flip in each object, one at a time")
+    parser.add_argument("--sample", type=int, help="injections to draw of those of the store.  [default: all]")
+    parser.add_argument("--streamed", type=int, default=500, help="injections at a source, and in a cache")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="60 injections, and 8 of each kind of streaming")
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.flips, settings.sample, settings.streamed, settings.processes = 1, 60, 8, 1
+    settings.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        stores = Path(folder) / "stores"
+        for version in (0, *STALE.values()):
+            damage.write_store(stores / str(version), version)
+        found = campaign(settings, stores, Path(folder))
+    seconds = time.monotonic() - began
+    report(settings, found, seconds)
+
+
+def campaign(settings: argparse.Namespace, stores: Path, scratch: Path) -> list[dict[str, Any]]:
+    """All injections, in so many processes."""
+    found: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(
+        settings.processes,
+        multiprocessing.get_context("spawn"),
+        begin,
+        (stores, scratch, settings.seed, settings.flips),
+    ) as pool:
+        counts = pool.submit(totals, 0).result()
+        asked = {"store": settings.sample or counts["store"], "source": settings.streamed, "cache": settings.streamed}
+        tasks = []
+        for name in CAMPAIGNS:
+            order = permutation(counts[name], settings.seed, "faults", name)[: asked[name]].tolist()
+            tasks += [pool.submit(run, name, order[i : i + TASK]) for i in range(0, len(order), TASK)]
+        with Progress("faults", sum(min(asked[name], counts[name]) for name in CAMPAIGNS), "injections") as bar:
+            for task in tasks:
+                done = task.result()
+                found += done
+                bar.advance(len(done))
+    return found
+
+
+def report(settings: argparse.Namespace, found: list[dict[str, Any]], seconds: float) -> None:
+    """Print the table, write all of it, and fail where the store did."""
+    own = [one for one in found if one["campaign"] == "store"]
+    kinds = dict.fromkeys(merged(one["kind"]) for one in sorted(own, key=lambda one: str(one["kind"])))
+    lines = [line(kind, [one for one in own if merged(one["kind"]) == kind]) for kind in kinds]
+    lines.append(line("**all**", own))
+    lines += [line(NAMED[name], [one for one in found if one["campaign"] == name]) for name in CAMPAIGNS[1:]]
+    wrong = [one for one in found if one["reading"] == "wrong"]
+    bugs = [one for one in found if one["bugs"]]
+    harmless = {name: counted([one for one in found if one["reading"] == "same" and one["campaign"] == name]) for name in CAMPAIGNS}  # fmt: skip
+    missed = {key: counted([one for one in own if not one[key]]) for key in ("quick", "full")}
+    result = {
+        "settings": {key: str(value) for key, value in vars(settings).items()}, "seconds": seconds, "lines": lines,
+        "read as before": harmless, "not named by verify": missed["full"], "not named by verify --quick": missed["quick"],
+        "wrong": wrong, "bugs": bugs, "injections": found,
+    }  # fmt: skip
+    (settings.out / "faults.json").write_text(json.dumps(result, indent=1))
+    print(table(lines))
+    print(f"\nRead as before, by what was damaged: {harmless['store']}")
+    print(f"Not named by verify: {missed['full']}")
+    print(f"{len(found):,} injections in {seconds:.0f} s")
+    for one in [*wrong, *bugs][:40]:
+        print(f"{one['kind']} {one['key']}: {one.get('wrong', '')} {one['bugs'][:2]}", file=sys.stderr)
+    if wrong or bugs:
+        raise SystemExit(f"{len(wrong)} injections were read as something else, {len(bugs)} gave a wrong error")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What is killed in benchmarks/kills.py: commands that write stores, from a fresh folder to a result that is known to the byte."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import distributed
+import numpy as np
+import psutil
+from forked import answer, command, ended, fork
+
+from hdcache import draws
+from hdcache.cli import main
+from hdcache.sharing import places
+
+TEACHER = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=3&embed_dim=48&num_heads=3"
+IMAGES, SIDE = 40, 40
+EXTRACT = ["--rows-per-shard=8", "--batch=8", "--threads=2", "--device=cpu", "--precision=fp32", "--num-views=2"]
+FIRST = [f"--teacher=t={TEACHER}", "--tap=block3.attn_in", "--tap=final", *EXTRACT]
+SECOND = [f"--teacher=u={TEACHER}&seed=1", "--tap=final", "--tap=pooled", "--encoding=fp32", *EXTRACT]
+BUCKET = {"ACCESS_KEY_ID": "none", "SECRET_ACCESS_KEY": "none", "REGION": "us-east-1"}
+SERVED_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A command, and what it starts from."""
+
+    name: str
+    arguments: Callable[[Path], list[str]]
+    """The command line, given the folder of a round. Its result is the store ``s`` there."""
+    wanted: str
+    """Which store that is to be."""
+    start: str = ""
+    """Which store is there before; empty: none."""
+    workers: Callable[[int], list[psutil.Process]] | None = None
+    """Processes that work for the command of a process id, where one of them is killed and not the command."""
+    more: tuple[tuple[Any, str], ...] = ()
+    """Calls that count beside those of the system."""
+    settle: Callable[[Path], None] = lambda work: None
+    """Brings the result to ``s`` from where the command has put it."""
+
+    def prepare(self, work: Path, stores: Path) -> None:
+        """Make the folder of a round."""
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        if self.start:
+            shutil.copytree(stores / self.start, work / "s")
+
+
+def make_stores(folder: Path) -> None:
+    """``first``: teacher t, two views, the samples kept; ``unsealed``: the same without its last seals; ``both``: and teacher u."""
+    folder.mkdir(parents=True)
+    coarse = (draws.uniform(IMAGES * 4 * 4 * 3, "kills") * 256).astype(np.uint8).reshape(IMAGES, 4, 4, 3)
+    grid = np.ix_(np.arange(IMAGES), np.arange(SIDE) * 4 // SIDE, np.arange(SIDE + 4) * 4 // (SIDE + 4))
+    np.savez(folder / "data.npz", images=coarse[grid], labels=np.arange(IMAGES) % 3)
+    log = folder / "log"
+    for name, arguments in (("first", _first(folder, folder)), ("second", _second(folder, folder))):
+        if ended(fork(command(arguments), log)) != 0:
+            raise SystemExit(f"the store cannot be made: {log.read_text()[-2000:]}")
+        shutil.copytree(folder / "s", folder / {"first": "first", "second": "both"}[name])
+    shutil.rmtree(folder / "s")
+    shutil.copytree(folder / "first", folder / "unsealed")
+    for key in ("index.json", "croissant.json", "views/1/manifest.json", "teachers/t/views/1/manifest.json"):
+        (folder / "unsealed" / key).unlink()
+
+
+def _first(folder: Path, work: Path, *more: str) -> list[str]:
+    return ["extract", f"npz:{folder / 'data.npz'}", f"--store={work / 's'}", *FIRST, *(more or ["--pixels=source"])]
+
+
+def _second(folder: Path, work: Path) -> list[str]:
+    return ["extract", f"--store={work / 's'}", *SECOND]
+
+
+class Services:
+    """What victims need beside them: a bucket, a web server, workers. Processes that end with this one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._stack = folder, ExitStack()
+
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self, name: str, work: Callable[[], object]) -> int:
+        child = fork(work, self._folder / f"{name}.log")
+
+        def stop() -> None:
+            for process in [*psutil.Process(child).children(recursive=True), psutil.Process(child)]:
+                process.kill()
+            ended(child)
+
+        self._stack.callback(stop)
+        return child
+
+    def _await(self, name: str, found: Callable[[], bool]) -> None:
+        until = time.monotonic() + SERVED_SECONDS
+        while time.monotonic() < until:
+            if found():
+                return
+            time.sleep(0.1)
+        raise SystemExit(f"{name} does not answer: {(self._folder / f'{name}.log').read_text()[-2000:]}")
+
+    def bucket(self) -> str:
+        """An S3 server with the bucket ``team``; the environment knows it. Empty where its library is not installed."""
+        try:
+            import moto.server  # noqa: F401
+        except ImportError:
+            return ""
+        port = _free_port()
+        url = f"http://127.0.0.1:{port}"
+        self._start("bucket", partial(_serve_bucket, port))
+        self._await("bucket", lambda: _answers(url))
+        urllib.request.urlopen(urllib.request.Request(f"{url}/team", method="PUT")).close()
+        os.environ |= {f"AWS_{name}": value for name, value in {**BUCKET, "ENDPOINT_URL": url}.items()}
+        return "s3://team"
+
+    def web(self, root: Path) -> str:
+        """``hdcache serve`` of the stores below ``root``."""
+        port = _free_port()
+        self._start("serve", command(["serve", str(root), f"--port={port}"]))
+        self._await("serve", lambda: _answers(f"http://127.0.0.1:{port}/"))
+        return f"http://127.0.0.1:{port}"
+
+    def cluster(self, orders: Path) -> tuple[str, int]:
+        """A Dask scheduler with two workers, one of which dies at the call that a file in ``orders`` says; its process id."""
+        told = self._folder / "scheduler"
+        child = self._start("cluster", partial(_serve_cluster, told, orders))
+        self._await("cluster", lambda: told.is_file() and bool(told.read_text()))
+        return told.read_text(), child
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url).close()
+    except OSError:
+        return False
+    return True
+
+
+def _serve_bucket(port: int) -> None:
+    from moto.server import ThreadedMotoServer
+
+    ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False).start()
+    time.sleep(86400)
+
+
+def _serve_cluster(told: Path, orders: Path) -> None:
+    preload = f"import forked\nforked.Ordered({str(orders)!r}).install()\n"
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=None, preload=[preload], silence_logs=60,
+        scheduler_kwargs={"allowed_failures": 0},
+    ) as found:  # fmt: skip
+        told.write_text(str(found.scheduler_address))
+        time.sleep(86400)
+
+
+def workers_of(process: int) -> list[psutil.Process]:
+    """Dask's worker processes below a process."""
+    found = []
+    for child in psutil.Process(process).children(recursive=True):
+        try:
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _pull_back(work: Path, url: str) -> None:
+    """Compare a bucket with what is wanted by what comes out of it."""
+    shutil.rmtree(work / "s", ignore_errors=True)
+    answer(lambda: _quietly(["pull", f"{url}/{work.name}", str(work / "s")]), work / "log")
+    listed = answer(lambda: sorted(places.open_place(f"{url}/{work.name}").listing()), work / "log")
+    there = sorted(path.relative_to(work / "s").as_posix() for path in (work / "s").rglob("*") if path.is_file())
+    if stray := [key for key in listed if key not in there]:
+        raise SystemExit(f"{url}/{work.name} holds more than the store: {stray[:5]}")
+
+
+def _quietly(arguments: Sequence[str]) -> int:
+    try:
+        main([*arguments, "--quiet"])
+    except SystemExit as done:
+        if done.code:
+            raise
+    return 0
+
+
+def make_victims(stores: Path, services: Services, *, quick: bool) -> list[tuple[Victim, int]]:
+    """The victims, and how many parts of a campaign's kills each gets."""
+    both = str(stores / "both")
+    first = partial(_first, stores)
+    found = [
+        (Victim("extractor, a new store", first, "first"), 16),
+        (Victim("extractor, a second teacher", partial(_second, stores), "both", start="first"), 10),
+        (Victim("sealer", first, "first", start="unsealed"), 10),
+        (Victim("push to a folder", lambda work: ["push", both, str(work / "s")], "both"), 8),
+        (Victim("pull from a folder", lambda work: ["pull", both, str(work / "s")], "both"), 8),
+    ]
+    if quick:
+        return found
+    web, bucket = services.web(stores), services.bucket()
+    found.append((Victim("pull from hdcache serve", lambda work: ["pull", f"{web}/both", str(work / "s")], "both"), 8))
+    if bucket:
+        push = Victim(
+            "push to a bucket",
+            lambda work: ["push", both, f"{bucket}/{work.name}"],
+            "both",
+            more=((places.Cloud, "_put"), (places.Cloud, "_call")),
+            settle=lambda work: _pull_back(work, bucket),
+        )
+        found.append((push, 10))
+    scheduler, cluster = services.cluster(stores)
+    dask = partial(_first, stores)
+    engine = [f"--scheduler={scheduler}", "--pixels=source"]
+    local = ["--workers=2", "--pixels=source"]
+    found += [
+        (Victim("Dask: the command", lambda work: dask(work, *engine), "first"), 10),
+        (
+            Victim("Dask: a worker", lambda work: dask(work, *engine), "first", workers=lambda _: workers_of(cluster)),
+            10,
+        ),
+        (Victim("--workers 2: the command", lambda work: dask(work, *local), "first"), 4),
+        (Victim("--workers 2: a worker", lambda work: dask(work, *local), "first", workers=workers_of), 4),
+    ]
+    return found

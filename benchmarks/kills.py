@@ -1,0 +1,236 @@
+"""SIGKILL at random moments of whatever writes a store: does the same command again always end in the same bytes?
+
+    python benchmarks/kills.py --out DIR              # some 300 kills, a quarter of an hour on two cores
+    python benchmarks/kills.py --out DIR --quick      # some 15 kills, without workers, bucket and web server
+
+Each victim is a command whose result is known to the byte. It is killed at a moment drawn from the whole length of its run, or
+at one of its calls that make something durable (fsync, which may find half of its file, link, rename, removal; requests to a
+bucket), then run again, killed again up to twice, and at last left alone. After each kill every seal that is there must be
+good; now and then what was left behind is collected in between. At the end the store must hold the bytes of an undisturbed
+run, and nothing else but unfinished files, which ``hdcache gc`` removes. Prints one table and writes DIR/kills.json; exit 1
+where anything came out otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+# What the children use is loaded here, once.
+import obstore  # noqa: F401
+import psutil
+import timm  # noqa: F401
+import torch
+import zarr  # noqa: F401
+from forked import Calls, command, ended, fork, killed
+from kill_victims import Services, Victim, make_stores, make_victims
+
+import hdcache.extract.dask_engine
+import hdcache.sharing.streaming
+import hdcache.sharing.transfer  # noqa: F401
+from hdcache import draws
+from hdcache.index import sealed_ledgers
+from hdcache.integrity import verify
+from hdcache.leftovers import collect
+from hdcache.store import Store
+
+AGAIN, MOST = 0.4, 3
+"""How often a command that was killed is killed again; kills in a row."""
+TRIES, PAUSE = 5, 1.0
+"""How often a last run that is refused, since workers of a dead command still write, is repeated, after so many seconds."""
+LIMIT = 300.0
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """Every file of a store but locks and the notes of their owners."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.endswith((".lock", ".owner"))]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def seals(root: Path) -> dict[str, str]:
+    """The digest of every seal."""
+    return {ledger.key: ledger.manifest().digest() for ledger in sealed_ledgers(Store.open(root))}
+
+
+def faults(root: Path) -> list[str]:
+    """What is wrong with what is sealed or recorded, at any moment."""
+    return verify(Store.open(root)).faults if (root / "zarr.json").is_file() else []
+
+
+class Campaign:
+    """Rounds of kills, and what was found."""
+
+    def __init__(self, folder: Path, stores: Path, seed: int) -> None:
+        self.folder, self.stores, self.seed = folder, stores, seed
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self.found: dict[str, Counter[str]] = {}
+        self.wrong: list[str] = []
+
+    def measure(self, victim: Victim) -> None:
+        """Run a victim to its end: how long it takes, how many calls it makes, and that it does what is wanted."""
+        for _ in range(2):
+            victim.prepare(work := self.folder / "undisturbed", self.stores)
+            shutil.rmtree(self.stores / "team", ignore_errors=True)
+            began = time.monotonic()
+            calls = None if victim.workers else Calls(self.folder / "calls", more=victim.more)
+            child = fork(command(victim.arguments(work), calls), work / "log")
+            if (code := ended(child)) != 0:
+                raise SystemExit(f"{victim.name}: ended with {code} undisturbed: {(work / 'log').read_text()[-2000:]}")
+            self.seconds[victim.name] = time.monotonic() - began
+            if calls is not None and victim.name not in self.calls:
+                self.calls[victim.name] = int(calls.told.read_text())
+            victim.settle(work)
+            if snapshot(work / "s") != snapshot(self.stores / victim.wanted):
+                raise SystemExit(f"{victim.name}: an undisturbed run does not end in the same bytes")
+        self.found[victim.name] = Counter()
+
+    def round(self, victim: Victim, number: int) -> None:
+        """Kill a victim once or more often, let it finish, and look at what there is."""
+        found = self.found[victim.name]
+        victim.prepare(work := self.folder / re.sub(r"\W+", "-", f"{victim.name} {number}"), self.stores)
+        said: list[str] = []
+        for attempt in range(MOST):
+            draw = draws.uniform(5, self.seed, victim.name, number, attempt)
+            if not self._kill(victim, work, *draw[:2].tolist()):
+                break
+            found["kills"] += 1
+            found["mid-write"] += any(work.glob("s/**/.*.partial"))
+            said += faults(work / "s")
+            if draw[2] < AGAIN and (work / "s/zarr.json").is_file():
+                collect(Store.open(work / "s"))
+            if draw[3] > AGAIN:
+                break
+        said += self._finish(victim, work, found)
+        found["rounds"] += 1
+        found["right"] += not said
+        self.wrong += [f"{victim.name}, round {number}: {text}" for text in said]
+        if not said:
+            shutil.rmtree(work)
+
+    def _kill(self, victim: Victim, work: Path, kind: float, where: float) -> bool:
+        """Run a victim and kill it, or a worker of it; False where it had ended before."""
+        told, calls, by_call = self.folder / "calls", None, kind < 0.5
+        if by_call and not victim.workers:
+            at = 1 + int(where * self.calls[victim.name])
+            calls = Calls(told, at, more=victim.more)
+        child = fork(command(victim.arguments(work), calls), work / "log")
+        if calls is not None:
+            code = ended(child, LIMIT)
+            if code is None:
+                raise SystemExit(f"{victim.name}: hangs; {work / 'log'}")
+            return code == -9
+        time.sleep(where * self.seconds[victim.name])
+        if victim.workers is None:
+            below = psutil.Process(child).children(recursive=True) if psutil.pid_exists(child) else []
+            done = killed(child)
+            psutil.wait_procs(below, timeout=0)
+            return done
+        return self._kill_worker(victim, work, child, by_call)
+
+    def _kill_worker(self, victim: Victim, work: Path, child: int, by_call: bool) -> bool:
+        """Kill one of the processes that work for a command, which is to go on without it."""
+        if (code := ended(child, 0)) is None and victim.workers is not None:
+            there = victim.workers(child)
+            for process in there[len(work.name) % max(1, len(there)) :][:1]:
+                process.kill()
+                code = ended(child, LIMIT)
+                if code != 0:
+                    raise SystemExit(f"{victim.name}: ended with {code} after the kill; {work / 'log'}")
+                return True
+            code = ended(child, LIMIT)
+        if code != 0:
+            raise SystemExit(f"{victim.name}: ended with {code}; {work / 'log'}")
+        return False
+
+    def _finish(self, victim: Victim, work: Path, found: Counter[str]) -> list[str]:
+        for _ in range(TRIES):
+            code = ended(fork(command(victim.arguments(work)), work / "log"), LIMIT)
+            found["reruns"] += 1
+            if code == 0:
+                break
+            time.sleep(PAUSE)
+        else:
+            return [f"ended with {code}: {(work / 'log').read_text()[-400:]}"]
+        victim.settle(work)
+        wanted, there = snapshot(self.stores / victim.wanted), snapshot(work / "s")
+        said = [f"{key} is missing" for key in wanted.keys() - there.keys()]
+        said += [f"{key} differs" for key in wanted.keys() & there.keys() if wanted[key] != there[key]]
+        left = there.keys() - wanted.keys()
+        found["left"] += len(left)
+        said += [f"{key} is left over" for key in left if not key.endswith((".partial", ".lease"))]
+        gone = collect(Store.open(work / "s"))
+        found["collected"] += len(gone.partial)
+        said += [f"{key} is not collected" for key in snapshot(work / "s").keys() - wanted.keys()] + gone.busy
+        checked = verify(Store.open(work / "s"))
+        said += [*checked.faults, *checked.unsealed, *checked.unlisted]
+        found["same"] += seals(work / "s") == seals(self.stores / victim.wanted)
+        return said
+
+
+def table(campaign: Campaign) -> str:
+    """Markdown."""
+    head = ("victim", "a run", "calls", "kills", "of them in a write", "rounds", "reruns", "same digests", "byte-equal", "left over", "after gc")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    total: Counter[str] = Counter()
+    for name, found in campaign.found.items():
+        total += found
+        about = [f"{campaign.seconds[name]:.2f} s", str(campaign.calls.get(name, "")) or "-"]
+        lines.append(line(name, about, found))
+    return "\n".join([*lines, line("all", ["", ""], total)])
+
+
+def line(name: str, about: list[str], found: Counter[str]) -> str:
+    cells = [
+        name, *about, found["kills"], found["mid-write"], found["rounds"], found["reruns"],
+        f"{found['same']} of {found['rounds']}", f"{found['right']} of {found['rounds']}", found["left"],
+        found["left"] - found["collected"],
+    ]  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=300, help="in all, about")
+    parser.add_argument("--victim", help="only those whose names hold this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few kills of what needs neither workers nor servers")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    work = asked.out / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    make_stores(work / "stores")
+    campaign = Campaign(work, work / "stores", asked.seed)
+    with Services(work) as services:
+        victims = make_victims(work / "stores", services, quick=asked.quick)
+        parts = sum(part for _, part in victims)
+        for victim, part in victims:
+            if asked.victim and asked.victim not in victim.name:
+                continue
+            campaign.measure(victim)
+            wanted = max(2, round((15 if asked.quick else asked.kills) * part / parts))
+            number = 0
+            while campaign.found[victim.name]["kills"] < wanted and number < 3 * wanted:
+                campaign.round(victim, number)
+                number += 1
+    print(table(campaign))
+    facts: dict[str, Any] = {"seconds": campaign.seconds, "calls": campaign.calls, "wrong": campaign.wrong}
+    facts["found"] = {name: dict(found) for name, found in campaign.found.items()}
+    (asked.out / "kills.json").write_text(json.dumps(facts, indent=1))
+    if campaign.wrong:
+        print("\n".join(["", "wrong:", *campaign.wrong]))
+        sys.exit(1)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
