@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow lanes lint types bench clean
+.PHONY: help quickstart test slow lanes lint types bench faults clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -51,8 +51,15 @@ bench: $(VENV)/.hdcache-bench ## the quick forms of all benchmarks, a table each
 	@rm -rf bench-out; mkdir bench-out; failed=0; for name in $(BENCHMARKS); do echo; echo "## $$name"; echo; \
 	$(BIN)/python benchmarks/$$name.py --quick --out bench-out/$$name || failed=1; done; exit $$failed
 
+# The campaigns of docs/reliability.md.
+FAULTS := failing_calls faults kills
+
+faults: $(VENV)/.hdcache-test ## damage, failing calls and kills in full: more than an hour, a table each, into faults-out/
+	@rm -rf faults-out; mkdir faults-out; failed=0; for name in $(FAULTS); do echo; echo "## $$name"; echo; \
+	$(BIN)/python benchmarks/$$name.py --out faults-out/$$name || failed=1; done; exit $$failed
+
 clean: ## remove caches and outputs (keeps .venv)
-	@rm -rf .lanes .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info quickstart-out bench-out
+	@rm -rf .lanes .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info quickstart-out bench-out faults-out
 	@find hdcache extract distill evaluate benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing a virtual environment gets, so a half-made one is made again.

@@ -79,10 +79,10 @@ def ended(child: int, seconds: float | None = None) -> int | None:
         time.sleep(0.002)
 
 
-def killed(child: int) -> bool:
-    """Kill a child; False where it had ended before."""
+def killed(child: int) -> int | None:
+    """Kill a child; the exit code, which is not -9 where it had ended before."""
     os.kill(child, signal.SIGKILL)
-    return ended(child) == -signal.SIGKILL
+    return ended(child)
 
 
 def answer(work: Callable[[], Any], log: Path) -> Any:
@@ -121,6 +121,7 @@ class Calls:
             if number == self.die_at:
                 if name == "fsync" and number % 2 and stat.S_ISREG(os.fstat(given[0]).st_mode):
                     os.ftruncate(given[0], os.fstat(given[0]).st_size // 2)  # in the middle of its last write
+                self.told.write_text("died")
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*given, **more)
 
@@ -131,7 +132,7 @@ class Ordered(Calls):
     """Counts calls in a process that others start, and kills it as far on as the file ``order`` in a folder says."""
 
     def __init__(self, folder: str) -> None:
-        super().__init__(Path(os.devnull))
+        super().__init__(Path(folder) / "died")
         self._order = f"{folder}/order"
         self._rename = os.rename
 

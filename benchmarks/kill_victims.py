@@ -45,6 +45,8 @@ class Victim:
     """Which store is there before; empty: none."""
     workers: Callable[[int], list[psutil.Process]] | None = None
     """Processes that work for the command of a process id, where one of them is killed and not the command."""
+    orders: bool = False
+    """Whether these die at the call that a file says (:class:`forked.Ordered`)."""
     more: tuple[tuple[Any, str], ...] = ()
     """Calls that count beside those of the system."""
     settle: Callable[[Path], None] = lambda work: None
@@ -167,7 +169,7 @@ def _serve_bucket(port: int) -> None:
 def _serve_cluster(told: Path, orders: Path) -> None:
     preload = f"import forked\nforked.Ordered({str(orders)!r}).install()\n"
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=None, preload=[preload], silence_logs=60,
+        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", preload=[preload], silence_logs=60,
         scheduler_kwargs={"allowed_failures": 0},
     ) as found:  # fmt: skip
         told.write_text(str(found.scheduler_address))
@@ -233,12 +235,12 @@ def make_victims(stores: Path, services: Services, *, quick: bool) -> list[tuple
     dask = partial(_first, stores)
     engine = [f"--scheduler={scheduler}", "--pixels=source"]
     local = ["--workers=2", "--pixels=source"]
+    dying = Victim(
+        "Dask: a worker", lambda work: dask(work, *engine), "first", workers=lambda _: workers_of(cluster), orders=True
+    )
     found += [
         (Victim("Dask: the command", lambda work: dask(work, *engine), "first"), 10),
-        (
-            Victim("Dask: a worker", lambda work: dask(work, *engine), "first", workers=lambda _: workers_of(cluster)),
-            10,
-        ),
+        (dying, 10),
         (Victim("--workers 2: the command", lambda work: dask(work, *local), "first"), 4),
         (Victim("--workers 2: a worker", lambda work: dask(work, *local), "first", workers=workers_of), 4),
     ]

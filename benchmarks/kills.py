@@ -1,7 +1,7 @@
 """SIGKILL at random moments of whatever writes a store: does the same command again always end in the same bytes?
 
     python benchmarks/kills.py --out DIR              # some 300 kills, a quarter of an hour on two cores
-    python benchmarks/kills.py --out DIR --quick      # some 15 kills, without workers, bucket and web server
+    python benchmarks/kills.py --out DIR --quick      # some 8 kills, without workers, bucket and web server
 
 Each victim is a command whose result is known to the byte. It is killed at a moment drawn from the whole length of its run, or
 at one of its calls that make something durable (fsync, which may find half of its file, link, rename, removal; requests to a
@@ -46,6 +46,10 @@ AGAIN, MOST = 0.4, 3
 TRIES, PAUSE = 5, 1.0
 """How often a last run that is refused, since workers of a dead command still write, is repeated, after so many seconds."""
 LIMIT = 300.0
+ORPHANED = 20.0
+"""Seconds within which workers must notice that their command is gone."""
+CALLS_OF_A_WORKER = 300
+"""About as many calls as one of two workers makes in its share of a run."""
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -73,12 +77,13 @@ class Campaign:
         self.calls: dict[str, int] = {}
         self.found: dict[str, Counter[str]] = {}
         self.wrong: list[str] = []
+        self.below: list[psutil.Process] = []
+        """Workers of commands that were killed."""
 
-    def measure(self, victim: Victim) -> None:
+    def measure(self, victim: Victim, times: int) -> None:
         """Run a victim to its end: how long it takes, how many calls it makes, and that it does what is wanted."""
-        for _ in range(2):
-            victim.prepare(work := self.folder / "undisturbed", self.stores)
-            shutil.rmtree(self.stores / "team", ignore_errors=True)
+        for number in range(times):
+            victim.prepare(work := self.folder / f"undisturbed-{number}", self.stores)
             began = time.monotonic()
             calls = None if victim.workers else Calls(self.folder / "calls", more=victim.more)
             child = fork(command(victim.arguments(work), calls), work / "log")
@@ -109,6 +114,10 @@ class Campaign:
             if draw[3] > AGAIN:
                 break
         said += self._finish(victim, work, found)
+        found["kills"] += self._died()  # a worker that had not come as far before
+        _, alive = psutil.wait_procs(self.below, timeout=ORPHANED)
+        said += [f"process {process.pid} outlives its command" for process in alive]
+        self.below = []
         found["rounds"] += 1
         found["right"] += not said
         self.wrong += [f"{victim.name}, round {number}: {text}" for text in said]
@@ -117,38 +126,51 @@ class Campaign:
 
     def _kill(self, victim: Victim, work: Path, kind: float, where: float) -> bool:
         """Run a victim and kill it, or a worker of it; False where it had ended before."""
-        told, calls, by_call = self.folder / "calls", None, kind < 0.5
-        if by_call and not victim.workers:
-            at = 1 + int(where * self.calls[victim.name])
-            calls = Calls(told, at, more=victim.more)
+        by_call, calls = kind < 0.5, None
+        if by_call and victim.workers is None:
+            calls = Calls(self.folder / "calls", 1 + int(where * self.calls[victim.name]), more=victim.more)
         child = fork(command(victim.arguments(work), calls), work / "log")
-        if calls is not None:
+        if victim.workers is not None:
+            return self._kill_worker(victim, work, child, where, by_call=by_call)
+        if calls is None:
+            time.sleep(where * self.seconds[victim.name])
+            self.below += psutil.Process(child).children(recursive=True)
+            code: int | None = killed(child)
+        else:
             code = ended(child, LIMIT)
-            if code is None:
-                raise SystemExit(f"{victim.name}: hangs; {work / 'log'}")
-            return code == -9
-        time.sleep(where * self.seconds[victim.name])
-        if victim.workers is None:
-            below = psutil.Process(child).children(recursive=True) if psutil.pid_exists(child) else []
-            done = killed(child)
-            psutil.wait_procs(below, timeout=0)
-            return done
-        return self._kill_worker(victim, work, child, by_call)
+        return code == -9 or self._is_right(victim, work, child, code)
 
-    def _kill_worker(self, victim: Victim, work: Path, child: int, by_call: bool) -> bool:
-        """Kill one of the processes that work for a command, which is to go on without it."""
-        if (code := ended(child, 0)) is None and victim.workers is not None:
-            there = victim.workers(child)
-            for process in there[len(work.name) % max(1, len(there)) :][:1]:
-                process.kill()
-                code = ended(child, LIMIT)
-                if code != 0:
-                    raise SystemExit(f"{victim.name}: ended with {code} after the kill; {work / 'log'}")
-                return True
+    def _kill_worker(self, victim: Victim, work: Path, child: int, where: float, *, by_call: bool) -> bool:
+        """Kill one of the processes that work for a command, which is to go on without it, or to say what is wrong."""
+        order, done, code = self.stores / "order", False, None
+        if by_call and victim.orders:
+            order.write_text(str(1 + int(where * CALLS_OF_A_WORKER)))
             code = ended(child, LIMIT)
-        if code != 0:
-            raise SystemExit(f"{victim.name}: ended with {code}; {work / 'log'}")
-        return False
+            done = self._died()
+            order.unlink(missing_ok=True)
+        else:
+            time.sleep(where * self.seconds[victim.name])
+            if (code := ended(child, 0)) is None and victim.workers is not None:
+                for process in victim.workers(child)[:1]:
+                    process.kill()
+                    done = True
+                code = ended(child, LIMIT)
+        self.found[victim.name]["went on"] += done and code == 0
+        return done if code in (4, 75) and done else self._is_right(victim, work, child, code) or done
+
+    def _is_right(self, victim: Victim, work: Path, child: int, code: int | None) -> bool:
+        """False where a run ended as it should; else that is noted, and the process is gone."""
+        if code == 0:
+            return False
+        self.wrong.append(f"{victim.name}: ended with {code}: {(work / 'log').read_text()[-400:]}")
+        return code is not None or bool(killed(child))
+
+    def _died(self) -> bool:
+        """Whether a worker has died at the call that it was told, since this was asked last."""
+        told = self.stores / "died"
+        there = told.exists()
+        told.unlink(missing_ok=True)
+        return there
 
     def _finish(self, victim: Victim, work: Path, found: Counter[str]) -> list[str]:
         for _ in range(TRIES):
@@ -177,7 +199,7 @@ class Campaign:
 
 def table(campaign: Campaign) -> str:
     """Markdown."""
-    head = ("victim", "a run", "calls", "kills", "of them in a write", "rounds", "reruns", "same digests", "byte-equal", "left over", "after gc")  # fmt: skip
+    head = ("victim", "a run", "calls", "kills", "of them in a write", "went on by itself", "rounds", "runs to the end", "same digests", "byte-equal", "left over", "after gc")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     total: Counter[str] = Counter()
     for name, found in campaign.found.items():
@@ -189,7 +211,7 @@ def table(campaign: Campaign) -> str:
 
 def line(name: str, about: list[str], found: Counter[str]) -> str:
     cells = [
-        name, *about, found["kills"], found["mid-write"], found["rounds"], found["reruns"],
+        name, *about, found["kills"], found["mid-write"], found["went on"], found["rounds"], found["reruns"],
         f"{found['same']} of {found['rounds']}", f"{found['right']} of {found['rounds']}", found["left"],
         found["left"] - found["collected"],
     ]  # fmt: skip
@@ -216,12 +238,13 @@ def main() -> None:
         for victim, part in victims:
             if asked.victim and asked.victim not in victim.name:
                 continue
-            campaign.measure(victim)
-            wanted = max(2, round((15 if asked.quick else asked.kills) * part / parts))
+            campaign.measure(victim, 1 if asked.quick else 2)
+            wanted = max(1, round((8 if asked.quick else asked.kills) * part / parts))
             number = 0
             while campaign.found[victim.name]["kills"] < wanted and number < 3 * wanted:
                 campaign.round(victim, number)
                 number += 1
+            sys.stderr.write(f"{victim.name}: {dict(campaign.found[victim.name])}, {len(campaign.wrong)} wrong so far\n")
     print(table(campaign))
     facts: dict[str, Any] = {"seconds": campaign.seconds, "calls": campaign.calls, "wrong": campaign.wrong}
     facts["found"] = {name: dict(found) for name, found in campaign.found.items()}

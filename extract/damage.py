@@ -137,10 +137,6 @@ def survey(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
         key, colon, why = line.removeprefix(f"{store.path}/").partition(": ")
         if colon and line.startswith(f"{store.path}/"):
             faults.setdefault(key, why)
-        elif colon and key.endswith(f"/{RECEIPTS}") and why.startswith("the receipt of "):
-            name = why.removeprefix("the receipt of ").removesuffix(" differs from the manifest")
-            shard = shard_of(name.removeprefix(key.removesuffix(RECEIPTS)))
-            faults.setdefault(f"{key}/{shard}.json", "differs from the manifest")
         elif gone := _GONE.match(line.removeprefix(f"{store.path}: ")):
             faults.setdefault(f"teachers/{gone[1]}/zarr.json", "missing")
         else:

@@ -8,6 +8,7 @@ Views that an earlier version began have none, and are finished without.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ PIXEL_DIGESTS = "pixels/digest"
 """The array, beside the taps: uint8 [rows, 32], zeros where a row has none."""
 EVERY = 32
 """Rows of a shard from one digest to the next, the first one's included."""
+LOOKED_AT = 8
+"""Receipts that are asked where the array's metadata is not there: one may be damaged."""
 DIGEST_CARD = ArrayCard(shape=(32,), dtype="uint8")
 
 
@@ -35,8 +38,11 @@ def pixel_digests(pixels: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.uint
 def keeps_digests(folder: Path) -> bool:
     """Whether the rows of a teacher's view, in ``folder``, are written with digests: where they were begun so, or begin now.
 
-    The array's metadata is the first file of a view. Where there are others without it, an earlier version wrote them.
+    The array's metadata is the first file of a view. Where there are others without it, and no receipt speaks of it, an earlier version
+    wrote them.
     """
     if (folder / PIXEL_DIGESTS / "zarr.json").is_file():
         return True
-    return not any(folder.glob("receipts/*.json")) and not any(folder.rglob("zarr.json"))
+    if receipts := list(islice(folder.glob("receipts/*.json"), LOOKED_AT)):
+        return any(PIXEL_DIGESTS.encode() in path.read_bytes() for path in receipts if path.is_file())
+    return not any(folder.rglob("zarr.json"))

@@ -164,7 +164,8 @@ def priced(trial: Trial, rows: int, count: int, shard: int, calibrated: TeacherR
     cards = (calibrated or trial.record).taps
     slow, fast = trial.rates
     start = 0.0 if calibrated is not None else trial.calibration
-    arrays = sum(len(card.arrays) for card in cards.values()) + (trial.record.card.mask is not None)
+    # Beside the taps' arrays the mask's and the digests of pixels.
+    arrays = sum(len(card.arrays) for card in cards.values()) + (trial.record.card.mask is not None) + 1
     views = -(-rows // count)
     # A shard's arrays and receipt, the view's geometry and its receipt; and what a view has once.
     objects = -(-rows * -(-count // shard) // count) * (arrays + 4) + views * (arrays + 8)

@@ -12,31 +12,27 @@ otherwise on another machine. Those are not taken, unless ``reseal`` says so: th
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from hdcache.array_metadata import read_json
-from hdcache.durable import durable_parts
-from hdcache.errors import HdcacheError, InputNotFound, StoreCorrupt, StoreMismatch
-from hdcache.extract.damage import Damaged, Survey, ledger_keys, survey, teacher_of
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
+from hdcache.extract.copying import copied, take_from_copy
+from hdcache.extract.damage import Survey, ledger_keys, survey
 from hdcache.extract.mending import Mender
-from hdcache.extract.record_mending import RECORD_ADVICE, make_room
+from hdcache.extract.record_mending import RECORD_ADVICE
 from hdcache.index import write_index
 from hdcache.integrity import MANIFEST, Ledger, verify
-from hdcache.ledgers import SAMPLES_RECEIPT
 from hdcache.progress import Progress, counted
 from hdcache.records import NAME
-from hdcache.schema import Manifest, Receipt, StoredObject
+from hdcache.schema import Manifest, StoredObject
 from hdcache.store import PIXELS, ROOT_LOCK, Store
 
-BLOCK = 1 << 22
-_RECORDS = ("manifest", "receipt", "record")
-"""Kinds of objects that say what others should be."""
 WAYS = {
     "record": "",
     "index": "written anew",
@@ -116,7 +112,8 @@ def repair(
             return _result(store, _planned(found, copy is not None), before, dry_run=True)
         if found.damaged:
             if other is not None:
-                found = _from_copy(store, other, found, quick=quick, quiet=quiet)
+                again = None if quick else partial(_survey, quick=False, quiet=quiet)
+                found = take_from_copy(store, other, found, again)
             else:
                 Mender(store, found, data, teachers, device, threads, reseal=reseal, quiet=quiet).run()
             derived = found.open("index")
@@ -182,9 +179,6 @@ def _result(store: Store, found: Survey, before: dict[str, str], *, dry_run: boo
     }  # fmt: skip
 
 
-# From a copy
-
-
 def _opened(root: Path, other: Path | None, *, dry_run: bool) -> Store:
     """The store, its own record taken from the copy where it is damaged."""
     try:
@@ -196,7 +190,7 @@ def _opened(root: Path, other: Path | None, *, dry_run: bool) -> Store:
         if other is None or dry_run:
             raise StoreCorrupt(f"{error}; {RECORD_ADVICE}: hdcache repair {root} --from COPY") from None
         with filelock.FileLock(root / ROOT_LOCK):
-            if why := _copied(other / "zarr.json", root / "zarr.json", expected):
+            if why := copied(other / "zarr.json", root / "zarr.json", expected):
                 raise StoreCorrupt(f"{error}; {why}") from None
         return Store.open(root)
 
@@ -211,92 +205,6 @@ def _expected_root(root: Path) -> StoredObject | None:
         if found is not None:
             return found
     return None
-
-
-def _from_copy(store: Store, other: Path, found: Survey, *, quick: bool, quiet: bool) -> Survey:
-    """Take what is damaged from the copy: records first, since they say what else is."""
-    taken: list[Damaged] = []
-    while True:
-        records = [one for one in found.open() if one.kind in _RECORDS or one.key == SAMPLES_RECEIPT]
-        for one in sorted(records, key=lambda one: (one.kind not in _RECORDS, one.kind)):
-            _take_record(store, other, one, found)
-        if not any(one.outcome for one in records):
-            break
-        taken += [one for one in records if one.outcome]
-        store = Store.open(store.path)
-        found = survey(store, quick=True)
-    if taken and not quick:
-        found = _survey(store, quick=False, quiet=quiet)
-    found.damaged = taken + found.damaged
-    for one in found.open():
-        if one.kind == "index":
-            continue
-        if one.expected is None:
-            one.why_not = one.why_not or "nothing that can be read says what it should be"
-        elif why := _copied(other / one.key, store.path / one.key, one.expected):
-            one.why_not = why
-        else:
-            one.outcome = f"taken from {other}"
-    return found
-
-
-def _take_record(store: Store, other: Path, one: Damaged, found: Survey) -> None:
-    """A manifest, a receipt or a record of the copy, where it agrees with what is good here."""
-    path = other / one.key
-    try:
-        if one.kind == "manifest":
-            manifest = Manifest.parse(read_json(path), path)
-            receipts = found.receipts[one.ledger].values()
-            told = {f"{one.ledger}/{name}": entry for receipt in receipts for name, entry in receipt.objects.items()}
-            good = (manifest.teacher, manifest.rows) == (teacher_of(one.ledger), store.card.dataset.count)
-            if not good or any(manifest.objects.get(key) != entry for key, entry in told.items()) or not told:
-                one.why_not = f"{path} does not agree with the receipts here; is {other} a copy of this store?"
-                return
-            found.manifests[one.ledger] = manifest
-        elif one.kind == "receipt" and one.shard is not None:
-            receipt = Receipt.parse(read_json(path), path)
-            expected = found.receipt(one.ledger, one.shard)
-            if expected is None or receipt.model_copy(update={"saturated": 0}) != expected:
-                one.why_not = f"{path} does not agree with the manifest; is {other} a copy of this store?"
-                return
-        elif one.expected is None:
-            one.why_not = "no seal says what it should be"
-            return
-        why = _copied(path, store.path / one.key, one.expected)
-    except StoreCorrupt as error:
-        why = str(error)
-    one.why_not, one.outcome = why, "" if why else f"taken from {other}"
-
-
-def _copied(source: Path, path: Path, expected: StoredObject | None) -> str:
-    """Copy a file if it is what is ``expected``; else say why not."""
-    try:
-        if expected is not None:
-            if source.stat().st_size != expected.size:
-                return f"{source} has another size, or is damaged too"
-            with open(source, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                    return f"{source} is another object, or is damaged too"
-        make_room(path)
-        durable_parts(path, _blocks(source, expected))
-    except FileNotFoundError:
-        return f"{source} is not there"
-    except (OSError, StoreCorrupt) as error:
-        if isinstance(error, HdcacheError):
-            raise
-        return f"{source} cannot be read ({error.strerror})"
-    return ""
-
-
-def _blocks(source: Path, expected: StoredObject | None) -> Iterator[bytes]:
-    hasher = hashlib.sha256()
-    with open(source, "rb") as file:
-        while block := file.read(BLOCK):
-            hasher.update(block)
-            yield block
-    # Once more, of the bytes that were written: a disk may give others the second time.
-    if expected is not None and hasher.hexdigest() != expected.sha256:
-        raise StoreCorrupt(f"{source}: it changed while it was copied; run the same command again")
 
 
 # What is said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +55,11 @@ def salvaged(
     store: Store, key: str, chunk: str, shape: tuple[int, ...], dtype: str, span: tuple[int, int]
 ) -> NDArray[Any] | None:
     """One array of a shard whose receipt is no help: its own checksums tell whether it is whole."""
+    path = store.path / key / chunk
+    if not path.is_file():
+        return None
     try:
-        data = (store.path / key / chunk).read_bytes()
+        data = path.read_bytes()
         listed = {f"{key}/{chunk}": stored_object(data)}
         return ArrayReader(store.path, key, shape, dtype, listed, store.card.rows_per_shard).rows(*span).copy()
     except (StoreCorrupt, OSError):
@@ -153,7 +155,8 @@ class ViewWriter:
                 self.geometry.settle(shard)
             self._clear_geometry()
             self._open(self.geometry, self._geometry_writers, self._geometry_static)
-        self._open(self.ledger, self._writers, self._static)
+        with self._record_lock():
+            self._open(self.ledger, self._writers, self._static)
 
     def _open(self, ledger: Ledger, writers: Mapping[str, ShardWriter], static: dict[str, StoredObject]) -> None:
         folders = {f"/{folder}" for key in writers if (folder := key.rpartition("/")[0])}
@@ -166,7 +169,7 @@ class ViewWriter:
         """Remove unfinished files of processes that were killed. A shard's lock tells that nobody writes it still."""
         for path in partial_files(self.ledger.folder):
             named = _SHARD_FILE.match(path.name)
-            with self._shard_lock(int(named[1])) if named else nullcontext():
+            with self._shard_lock(int(named[1])) if named else self._record_lock():
                 path.unlink(missing_ok=True)
 
     def _clear_geometry(self) -> None:
@@ -208,6 +211,10 @@ class ViewWriter:
 
     def _shard_lock(self, shard: int) -> filelock.BaseFileLock:
         return filelock.FileLock(self.ledger.folder / f".{shard % WRITE_LOCKS}.lock")
+
+    def _record_lock(self) -> filelock.BaseFileLock:
+        """Held while the view's metadata and seal are written; no other lock is taken meanwhile."""
+        return filelock.FileLock(self.store.teacher_path(self.record.name) / f".{self.view}.lock")
 
     def _write_shard(
         self, shard: int, rows: Sequence[Row], parts: Mapping[str, Parts], failed: Mapping[int, str], saturated: int
@@ -334,7 +341,8 @@ class ViewWriter:
             self._seal(self.geometry, self._geometry_static, teacher="", identity="")
         root = f"teachers/{self.record.name}"
         static = {f"{root}/{key}": value for key, value in self.record.objects.items()} | self._static
-        self._seal(self.ledger, static, teacher=self.record.name, identity=self.record.identity_digest())
+        with self._record_lock():
+            self._seal(self.ledger, static, teacher=self.record.name, identity=self.record.identity_digest())
         write_index(self.store)
 
     def _seal(self, ledger: Ledger, static: Mapping[str, StoredObject], *, teacher: str, identity: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from hdcache.datasets import store_dataset
 from hdcache.errors import InputNotFound, StoreMismatch
+from hdcache.index import check_records
 from hdcache.integrity import Verification, verify
 from hdcache.loader import Loader
 from hdcache.options import Options
@@ -52,7 +53,8 @@ class OpenedStore:
         return self.store.card.dataset.count
 
     def teachers(self) -> list[str]:
-        """Names of the teachers in the store."""
+        """Names of the teachers in the store; :class:`StoreCorrupt` where the record of one is lost."""
+        check_records(self.store)
         return self.store.teachers()
 
     def teacher(self, name: str) -> TeacherReader:

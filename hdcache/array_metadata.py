@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hdcache.errors import StoreCorrupt
+from hdcache.errors import StoreCorrupt, StoreUnreadable
 from hdcache.records import canonical_json, record_check
 from hdcache.schema import StoredObject
 
@@ -58,7 +58,7 @@ def read_record(path: Path) -> bytes:
             raise StoreCorrupt(
                 f"{path}: a link; copy the store with its links followed (cp -rL), or its file again"
             ) from None
-        raise StoreCorrupt(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
+        raise StoreUnreadable(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
 
 
 def read_json(path: Path) -> Any:

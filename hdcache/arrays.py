@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from hdcache.array_metadata import check_array_metadata
+from hdcache.array_metadata import check_array_metadata, parse_json
 from hdcache.array_metadata import group_metadata as group_metadata
 from hdcache.array_metadata import read_attributes as read_attributes
 from hdcache.array_metadata import read_json as read_json
@@ -96,11 +96,11 @@ class ShardWriter:
         the file, stay right only if it stays. What describes another array, or nothing, is left to be written anew.
         """
         try:
-            data = path.read_bytes()
-            found, own = json.loads(data), json.loads(self.metadata)
+            data = read_record(path)
+            found, own = parse_json(path, data), json.loads(self.metadata)
             chunk = _tuning(found)
             _tuning(own)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (StoreCorrupt, LookupError, TypeError, AttributeError):
             return
         if found == own and isinstance(chunk, int) and 0 < chunk <= self._shard and self._shard % chunk == 0:
             self.metadata, self._chunk = data, chunk
@@ -224,7 +224,7 @@ class ArrayReader:
             raise IndexError(f"rows {start} to {stop} of {self._array.shape[0]}")
         parts = list(self._parts(start, max(stop, start + 1)))
         for name, base, first, last in parts:
-            self._check(name, first - base, last - base)
+            self._check(name, first - base, min(last, stop) - base)
         names = [name for name, *_ in parts]
         if not self._files.on_disk:
             return self._rows_of(names, start, stop)

@@ -85,7 +85,7 @@ class ShardLayout:
             where a checksum or a length is wrong.
         """
         for number, (offset, length) in zip(chunks, self._places(file, size, chunks), strict=True):
-            yield number * self.chunk, self._decode(_checked(os.pread(file, length, offset), length))
+            yield number * self.chunk, self._decode(_checked(_read(file, length, offset), length))
 
     def check(self, file: int, size: int, chunks: Sequence[int]) -> None:
         """Whether these chunks are as large as they should be, once decoded: for who lets another library decode them.
@@ -96,7 +96,7 @@ class ShardLayout:
             where one is not: that library would make all that its header promises before it compares.
         """
         for offset, length in self._places(file, size, chunks):
-            head = os.pread(file, min(_BLOSC_HEADER, length - 4), offset) if self.blosc else b""
+            head = _read(file, min(_BLOSC_HEADER, length - 4), offset) if self.blosc else b""
             self._check_size(np.frombuffer(head, np.uint8), length - 4)
 
     def expect(self, file: int, size: int, chunks: Sequence[int]) -> None:
@@ -123,7 +123,7 @@ class ShardLayout:
         length = 16 * self.count + 4
         if size < length:
             raise ValueError("the shard is shorter than its index")
-        return _checked(os.pread(file, length, size - length), length).view("<u8").reshape(-1, 2).tolist()
+        return _checked(_read(file, length, size - length), length).view("<u8").reshape(-1, 2).tolist()
 
     def _decode(self, data: NDArray[np.uint8]) -> NDArray[np.generic]:
         shape, size = (self.chunk, *self.row), self._check_size(data, data.size)
@@ -170,6 +170,14 @@ def _scratch(size: int) -> NDArray[np.uint8]:
 
 def _number(data: NDArray[np.uint8], place: slice) -> int:
     return int.from_bytes(data[place].tobytes(), "little")
+
+
+def _read(file: int, length: int, offset: int) -> bytes:
+    """So many bytes, or all up to the end of the file: the system may give fewer at a time."""
+    data = os.pread(file, length, offset)
+    while len(data) < length and (more := os.pread(file, length - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def _checked(data: bytes, length: int) -> NDArray[np.uint8]:

@@ -139,7 +139,7 @@ def quickstart(as_json: bool, quiet: bool, verbose: int, out: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: every error that hdcache raises on purpose becomes one line and its exit code."""
-    from hdcache.errors import HdcacheError
+    from hdcache.errors import HdcacheError, printable
 
     # OpenMP's threads spin while they wait for each other. Beside decoding threads, or on a busy machine, that costs
     # most of a CPU's speed; it must be said before torch is loaded.
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except HdcacheError as error:
         # An OSError subclass prints its number first; the message alone is for people.
         text = str(error.args[-1]) if error.args else type(error).__name__
-        click.echo(f"hdcache: {' '.join(text.split())}", err=True)
+        click.echo(f"hdcache: {printable(' '.join(text.split()))}", err=True)
         sys.exit(error.exit_code)
     except PermissionError as error:
         click.echo(f"hdcache: {error.filename}: permission denied; choose a folder that you may write", err=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+
+from hdcache.errors import printable
 
 Command = Callable[..., Any]
 ENGINE_OPTIONS = ("engine", "workers", "scheduler", "worker_resource", "worker_timeout")
@@ -96,15 +97,22 @@ def teacher_mask(command: Command) -> Command:
 def prepare(quiet: bool, verbose: int) -> None:
     """Logging, and signals that stop at a safe point."""
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     from hdcache import stopping
 
     stopping.install()
 
 
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def print_result(result: Any, text: str, as_json: bool) -> None:
     """``result`` as JSON, or ``text``, on stdout."""
-    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else text)
+    click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else printable(text))
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

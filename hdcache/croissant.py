@@ -8,15 +8,15 @@ classes, which are in no array, are records. No torch here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from typing import Any
 
 from hdcache.array_metadata import read_record
 from hdcache.durable import stored_object
-from hdcache.errors import HdcacheError
+from hdcache.errors import HdcacheError, StoreUnreadable
 from hdcache.records import canonical_json
 from hdcache.schema import StoreCard, TapCard, TeacherRecord
-from hdcache.store import PIXELS, Store, is_view
+from hdcache.store import PIXELS, Store, is_view, names_in
 
 CONFORMS_TO = "http://mlcommons.org/croissant/1.1"
 ZARR = "https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html"
@@ -66,7 +66,7 @@ def croissant_json(store: Store) -> bytes:
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": CONFORMS_TO,
-        "name": f"hdcache-{store_id(card)}",
+        "name": f"hdcache-{store.id}",
         "description": _description(card, views, teachers),
         "url": "./",
         # More seals are more data beside the same; what is sealed does not change.
@@ -82,22 +82,28 @@ def croissant_json(store: Store) -> bytes:
     return canonical_json(whole)
 
 
-def store_id(card: StoreCard) -> str:
-    """Sixteen hexadecimal digits of the digest of what never changes in a store, wherever it and its data lie."""
-    return card.model_copy(update={"dataset": card.dataset.model_copy(update={"spec": ""})}).digest()[:16]
-
-
 def _sealed_views(store: Store, key: str) -> list[int]:
-    found = (path.parent.name for path in (store.path / key).glob(f"*/{_SEAL}"))
-    return sorted(int(name) for name in found if is_view(name))
+    folder = store.path / key
+    return sorted(int(name) for name in names_in(folder) if is_view(name) and (folder / name / _SEAL).is_file())
 
 
 def _teachers(store: Store) -> Iterator[tuple[str, tuple[TeacherRecord, list[int]]]]:
     """Record and sealed views of each teacher that has any."""
     for name in store.teachers():
-        with suppress(HdcacheError):
+        with _whole():
             if views := store.views(name):
                 yield name, (store.teacher(name), views)
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Leave out what is damaged, which is for others to say; not what the system cannot read now."""
+    try:
+        yield
+    except StoreUnreadable:
+        raise
+    except HdcacheError:
+        pass
 
 
 def _description(card: StoreCard, views: list[int], teachers: dict[str, tuple[TeacherRecord, list[int]]]) -> str:
@@ -141,7 +147,7 @@ def _work(name: str, description: str) -> dict[str, str]:
 
 def _file_objects(store: Store, keys: Iterable[str]) -> Iterator[dict[str, str]]:
     for key in keys:
-        with suppress(HdcacheError):
+        with _whole():
             found = stored_object(read_record(store.path / key))
             yield {
                 "@type": "cr:FileObject",

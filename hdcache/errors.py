@@ -70,6 +70,10 @@ class StoreCorrupt(HdcacheError):
     exit_code = 5
 
 
+class StoreUnreadable(StoreCorrupt):
+    """An object of the store that is there, and that the system cannot read now: it is not to be taken for lost (exit 5)."""
+
+
 class OutOfSpace(HdcacheError, OSError):
     """The disk or quota is full; what was finished is safe (exit 6)."""
 
@@ -80,6 +84,13 @@ class Interrupted(HdcacheError):
     """Stopped by SIGTERM or SIGUSR1 with progress saved (exit 75, EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: names and reasons of a store are others', and may hold escapes that change what is seen."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from hdcache.arrays import ArrayReader
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
+from hdcache.index import check_records
 from hdcache.integrity import view_ledger
 from hdcache.schema import Manifest, StoredObject
-from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view
+from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view, names_in
 
 CHECKED_ROWS = 1 << 16
 """Rows of a view's geometry that are checked at a time."""
@@ -17,8 +18,9 @@ CHECKED_ROWS = 1 << 16
 
 def sealed_geometry(store: Store) -> list[int]:
     """Views whose geometry is sealed, ascending, whichever teachers have rows of them."""
-    found = (store.path / "views").glob("*/manifest.json")
-    return sorted(int(path.parent.name) for path in found if is_view(path.parent.name))
+    folder = store.path / "views"
+    found = (name for name in names_in(folder) if is_view(name) and (folder / name / "manifest.json").is_file())
+    return sorted(int(name) for name in found)
 
 
 def geometry_manifest(store: Store, view: int) -> Manifest:
@@ -33,6 +35,7 @@ def geometry_manifest(store: Store, view: int) -> Manifest:
     """
     ledger = view_ledger(store, view)
     if not ledger.sealed:
+        check_records(store, ())
         raise InputNotFound(f"{store.path}: view {view} is not complete; run the same 'hdcache extract' command again")
     manifest, count = ledger.proved_manifest(), store.card.dataset.count
     if (manifest.teacher, manifest.view, manifest.rows) != ("", view, count) or not all(
@@ -50,6 +53,7 @@ def read_geometry(store: Store, view: int, pipeline: str | None = None) -> tuple
 
     The columns are those of :func:`~hdcache.store.geometry_columns`. A row whose image could not be read has a source width of 0.
     """
+    store.check_count()
     listed: dict[str, StoredObject] = dict(geometry_manifest(store, view).objects)
     count, shard = store.card.dataset.count, store.card.rows_per_shard
     columns = geometry_columns(store.card.views)

@@ -8,30 +8,25 @@ lists sealed ledgers only, and whoever seals writes it anew. No torch here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
-from pydantic import Field
 
 from hdcache.array_metadata import contained, read_json, read_record
 from hdcache.croissant import croissant_json
 from hdcache.durable import durable_write, stored_object
 from hdcache.errors import StoreCorrupt
+from hdcache.ledgers import INDEX as INDEX
 from hdcache.ledgers import MANIFEST, RECEIPTS, SAMPLES_RECEIPT, Ledger
-from hdcache.records import CheckedRecord, Record
-from hdcache.schema import FORMAT, Objects, StoredObject
-from hdcache.store import PIXELS, ROOT_LOCK, Store, is_view
+from hdcache.ledgers import Index as Index
+from hdcache.ledgers import read_index as read_index
+from hdcache.records import NAME, Record
+from hdcache.schema import Objects, StoredObject
+from hdcache.store import PIXELS, ROOT_LOCK, Store, is_view, names_in
 
-INDEX, HELD, CROISSANT = "index.json", "held.json", "croissant.json"
+HELD, CROISSANT = "held.json", "croissant.json"
 RECORDS = (CROISSANT, "zarr.json", SAMPLES_RECEIPT, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json")
-
-
-class Index(CheckedRecord):
-    """What ``index.json`` says."""
-
-    format: int = FORMAT
-    objects: Objects = Field(default_factory=dict)
-    """Relative to the store's root: groups' records, the samples' receipt; of every sealed ledger its manifest and receipts."""
 
 
 class Held(Record):
@@ -69,20 +64,13 @@ def build_index(store: Store, known: Index | None = None) -> Index:
         if before.get(manifest) == objects.get(manifest):
             objects |= {key: entry for key, entry in before.items() if key.startswith(folder)}
             continue
-        names = sorted(path.name for path in (ledger.folder / RECEIPTS).glob("[0-9]*.json"))
+        names = [name for name in names_in(ledger.folder / RECEIPTS) if name[0].isdecimal() and name.endswith(".json")]
         objects |= _listed(store.path, [folder + name for name in names])
     return Index(objects=dict(sorted(objects.items())))
 
 
 def _listed(root: Path, keys: Iterable[str]) -> dict[str, StoredObject]:
     return {key: stored_object(read_record(root / key)) for key in keys if (root / key).is_file()}
-
-
-def read_index(path: Path) -> Index | None:
-    """The index of a store at ``path``; None where it has none. :class:`StoreCorrupt` where it was altered."""
-    if not (path / INDEX).is_file():
-        return None
-    return Index.parse(read_json(path / INDEX), path / INDEX)
 
 
 def write_index(store: Store) -> Index:
@@ -95,11 +83,66 @@ def write_index(store: Store) -> Index:
         described = croissant_json(store)
         path = store.path / CROISSANT
         if not path.is_file() or path.read_bytes() != described:
+            if known is not None and CROISSANT in known.objects:
+                # A kill between the two leaves no index that lists the old one beside the new one.
+                others = {key: entry for key, entry in known.objects.items() if key != CROISSANT}
+                known = known.model_copy(update={"objects": others})
+                durable_write(store.path / INDEX, known.checked())
             durable_write(path, described)
         index = build_index(store, known)
         if index != known:
             durable_write(store.path / INDEX, index.checked())
         return index
+
+
+def lost_records(store: Store, teachers: Iterable[str] | None = None) -> list[str]:
+    """Keys of records that are gone while what was made after them is there: of the views, and of ``teachers`` (None: of all).
+
+    Without them a store looks like one that never had these teachers or views, and readers would go on with what is left. A ledger whose
+    failed rows are tried again has no seal either, but then a receipt is missing too, or the index does not list the seal.
+    """
+    folder = store.path / "teachers"
+    names = teachers if teachers is not None else [name for name in names_in(folder) if NAME.fullmatch(name)]
+    found, unsealed = [], []
+    for name in ["", *sorted(names)]:
+        views = Path("teachers", name, "views") if name else Path("views")
+        here = [(store.path / views / str(number)) for number in _views(store.path / views)]
+        if name and not (folder / name / "zarr.json").is_file() and any((path / MANIFEST).is_file() for path in here):
+            found.append(f"teachers/{name}/zarr.json")
+        unsealed += [f"{views}/{path.name}" for path in here if not (path / MANIFEST).is_file()]
+    unsealed += [PIXELS] * ((store.path / PIXELS).is_dir() and not (store.path / PIXELS / MANIFEST).is_file())
+    known: Objects = {}
+    if unsealed:
+        with suppress(StoreCorrupt):  # it is derived
+            known = getattr(read_index(store.path), "objects", {})
+    shards = -(-store.card.dataset.count // store.card.rows_per_shard)
+    for key in unsealed:
+        receipts = (store.path / key / RECEIPTS / f"{number}.json" for number in range(shards))
+        if f"{key}/{MANIFEST}" in known and all(path.is_file() for path in receipts):
+            found.append(f"{key}/{MANIFEST}")
+    return found
+
+
+def check_records(store: Store, teachers: Iterable[str] | None = None) -> None:
+    """:class:`StoreCorrupt` names the first of the :func:`lost_records`."""
+    for key in lost_records(store, teachers):
+        raise StoreCorrupt(
+            f"{store.path}/{key}: missing, and all that it speaks of is there; 'hdcache repair {store.path}' makes it again"
+        )
+
+
+def check_seals(store: Store) -> None:
+    """As :func:`check_records` of all teachers, and :class:`StoreCorrupt` for a seal that is none that the index lists."""
+    check_records(store)
+    known: Objects = {}
+    with suppress(StoreCorrupt):  # it is derived
+        known = getattr(read_index(store.path), "objects", {})
+    for key, entry in known.items():
+        path = store.path / key
+        if path.name == MANIFEST and path.is_file() and stored_object(read_record(path)) != entry:
+            raise StoreCorrupt(
+                f"{path}: not the seal that {INDEX} lists; run the same 'hdcache extract' again, or copy the store again"
+            )
 
 
 def held_taps(store: Store, teacher: str) -> frozenset[str] | None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from hdcache.integrity import Ledger, teacher_ledger
+from hdcache.index import check_seals
+from hdcache.integrity import Ledger
 from hdcache.masks import mask_facts, mask_text
 from hdcache.progress import size
 from hdcache.schema import TapCard, TeacherRecord
 from hdcache.store import PIXELS, Store, is_view
+from hdcache.stored_rows import StoredRows
 
 MADE_BY = "made_by"
 """Key in a store's ``written_with`` of who made it, where ``HDCACHE_MADE_BY`` said so: no name is taken unasked."""
@@ -19,6 +21,7 @@ MADE_BY = "made_by"
 
 def describe_store(store: Store) -> dict[str, Any]:
     """A JSON-able description: data set, views, and per teacher its card, taps, certificates, sizes and seals."""
+    check_seals(store)
     card = store.card
     return {
         "path": str(store.path),
@@ -38,7 +41,7 @@ def describe_pixels(store: Store) -> dict[str, Any] | None:
     ledger = Ledger(store.path, PIXELS)
     if not ledger.sealed:
         return None
-    manifest = ledger.manifest()
+    manifest = ledger.proved_manifest()
     kept = sum(
         entry.size for key, entry in manifest.objects.items() if f"{PIXELS}/bytes/" in key and key.endswith("/c.0")
     )
@@ -53,13 +56,13 @@ def describe_pixels(store: Store) -> dict[str, Any] | None:
 
 def describe_teacher(store: Store, name: str) -> dict[str, Any]:
     """One teacher: its card, taps, certificates, sizes and seals."""
-    record = store.teacher(name)
+    record, rows = store.teacher(name), StoredRows(store, name)
     views = {}
     # Beside the taps lie which tokens a masked teacher saw, and digests of some rows' pixels.
     stored: dict[str, int] = dict.fromkeys([*record.taps, "mask", "pixels"], 0)
     sealed_rows = 0
     for view in store.views(name):
-        manifest = teacher_ledger(store, name, view).manifest()
+        manifest = rows.manifest(view)
         views[str(view)] = {"manifest": manifest.digest(), "rows": manifest.rows, "failed": len(manifest.failed)}
         sealed_rows += manifest.rows
         for key, entry in manifest.objects.items():

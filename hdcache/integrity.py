@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hdcache.array_metadata import contained, read_json
+from hdcache.array_metadata import contained, read_json, read_record
+from hdcache.durable import stored_object
 from hdcache.errors import HdcacheError, StoreCorrupt
-from hdcache.index import CROISSANT, HELD, INDEX, held_taps, is_held, read_index
+from hdcache.index import CROISSANT, HELD, INDEX, held_taps, is_held, lost_records, read_index
 from hdcache.ledgers import MANIFEST as MANIFEST
 from hdcache.ledgers import RECEIPTS as RECEIPTS
 from hdcache.ledgers import SAMPLES_RECEIPT, file_size, total_of
@@ -53,10 +54,6 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
             result.unsealed.append(f"teachers/{name}")
     sizes = dict(_files(store.path, result))
     listed = _listed(store, [key for key in sizes if key.endswith("/zarr.json")], result)
-    try:
-        read_index(store.path)
-    except StoreCorrupt as error:
-        result.faults.append(str(error))
     partial = _partial_copies(store, result)
     listed = {key: entry for key, entry in listed.items() if all(is_held(key, *held) for held in partial)}
     total, done = sum(entry.size for entry in listed.values()), 0
@@ -65,6 +62,8 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
         done += expected.size
         if progress is not None:
             progress(done, total)
+    result.faults += [f"{store.path}/{key}: missing, and all that it speaks of is there" for key in lost_records(store)]
+    _check_index(store, sizes, listed, result, quick=quick)
     signs = (".lock", ".owner", LEASE)
     for key in sizes:
         name = key.rpartition("/")[2]
@@ -91,7 +90,10 @@ def _files(root: Path, result: Verification, prefix: str = "") -> Iterator[tuple
             if entry.is_dir(follow_symlinks=False):
                 inner.append(entry.name)
             else:
-                yield prefix + entry.name, file_size(entry.path)
+                try:
+                    yield prefix + entry.name, file_size(entry.path)
+                except OSError:
+                    yield prefix + entry.name, None  # why is said of what is listed, below
     for name in inner:
         yield from _files(root, result, f"{prefix}{name}/")
 
@@ -121,6 +123,42 @@ def _ledgers(root: Path) -> list[str]:
     keys = ["views", *(f"teachers/{name}/views" for name in _folders(root / "teachers"))]
     own = [PIXELS] * (root / PIXELS).is_dir()
     return own + [f"{key}/{name}" for key in keys for name in _folders(root / key) if is_view(name)]
+
+
+def _check_index(
+    store: Store, sizes: Mapping[str, int | None], listed: Collection[str], result: Verification, *, quick: bool
+) -> None:
+    """Compare ``index.json`` with the records that it alone lists: of some of them nothing else says what they were."""
+    where = store.path / INDEX
+    try:
+        index = read_index(store.path)
+        if index is None:
+            return
+        if index.checked() != read_record(where):
+            result.faults.append(f"{where}: not spelled as it was written")
+    except StoreCorrupt as error:
+        result.faults.append(str(error))
+        return
+    other = []
+    for key in filter(lambda key: key.endswith(f"/{MANIFEST}"), index.objects):
+        ledger = Ledger(store.path, key.removesuffix(f"/{MANIFEST}"))
+        if sizes.get(key) is None:
+            pass  # lost, or withdrawn while failed rows are tried again
+        elif stored_object(read_record(store.path / key)) == index.objects[key]:
+            continue
+        elif not any(fault.startswith(f"{store.path}/{ledger.key}/") for fault in result.faults):
+            same = stored_object(ledger.manifest().checked()) == index.objects[key]
+            result.faults.append(
+                f"{store.path}/{key}: not spelled as it was written"
+                if same
+                else f"{where}: older than {key}; run the same 'hdcache extract' again"
+            )
+        other.append(f"{ledger.key}/")
+    named, records = {fault.partition(": ")[0] for fault in result.faults}, Verification(faults=result.faults)
+    for key, expected in index.objects.items():
+        path = f"{store.path}/{key}"
+        if key not in listed and path not in named and not key.startswith(tuple(other)):
+            _check_object(path, sizes.get(key), expected, records, quick=quick)
 
 
 def _partial_copies(store: Store, result: Verification) -> list[tuple[str, frozenset[str]]]:
@@ -181,9 +219,12 @@ def _check_ledger(store: Store, ledger: Ledger, metadata: set[str], result: Veri
         result.faults.append(f"{where}: {manifest.rows} rows, the store has {store.card.dataset.count} samples")
     for key in sorted(_resting(store, ledger, teacher, metadata) - manifest.objects.keys()):
         result.faults.append(f"{where}: does not list {key}")
-    for key, value in total.objects.items():
-        if manifest.objects.get(key) != value:
-            result.faults.append(f"{ledger.key}/{RECEIPTS}: the receipt of {key} differs from the manifest")
+    for receipt in receipts:
+        for name, value in receipt.objects.items():
+            if manifest.objects.get(f"{ledger.key}/{name}") != value:
+                path = ledger.folder / RECEIPTS / f"{receipt.shard}.json"
+                result.faults.append(f"{path}: says other than {MANIFEST} of {ledger.key}/{name}")
+                break
     whole = receipts and total.covered == manifest.rows and before == len(result.faults)
     if whole and (manifest.failed, manifest.saturated) != (total.failed, total.saturated):
         result.faults.append(f"{where}: failed rows or saturated values differ from the receipts")
@@ -222,7 +263,11 @@ def _receipts(ledger: Ledger, result: Verification) -> list[Receipt]:
 
 def _check_object(path: str, found: int | None, expected: StoredObject, result: Verification, *, quick: bool) -> None:
     result.objects += 1
-    found = file_size(path) if found is None else found  # below a folder that is a link
+    try:
+        found = file_size(path) if found is None else found  # below a folder that is a link
+    except OSError as error:
+        result.faults.append(f"{path}: cannot be read ({error.strerror})")
+        return
     if found is None:
         result.faults.append(f"{path}: missing, expected {expected.size} bytes")
         return

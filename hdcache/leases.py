@@ -22,7 +22,7 @@ from typing import Self
 import filelock
 
 from hdcache.durable import PARTIAL
-from hdcache.errors import StoreLocked
+from hdcache.errors import StoreCorrupt, StoreLocked
 
 BEAT = 15.0
 """Seconds between two signs of life."""
@@ -54,8 +54,10 @@ class Owner:
     def read(cls, note: Path) -> Self | None:
         """Whom a note names; None where there is none, or one that nobody can read."""
         try:
-            with open(note, "rb") as file:
-                found = json.loads(file.read(_NOTE_LIMIT))
+            # Not blocking, no links: what pretends to be a note may be a pipe that nobody writes to.
+            number = os.open(note, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            with open(number, "rb") as file:
+                found = json.loads(file.read(_NOTE_LIMIT) or b"")
             fields = found["user"], found["host"], found["process"], found["since"]
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -74,6 +76,8 @@ def lease(path: Path) -> Iterator[None]:
     ------
     StoreLocked
         when a living process has it: who, where, since when, and what to do.
+    StoreCorrupt
+        when a link lies where the lock should, which would have another file written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, note = filelock.FileLock(path, timeout=0), path.with_suffix(".owner")
@@ -81,6 +85,10 @@ def lease(path: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise _refusal(path, Owner.read(note)) from None
+    except OSError:
+        if not path.is_symlink():
+            raise
+        raise StoreCorrupt(f"{path}: a link in place of a lock; remove it") from None
     me, ended = Owner.here(), threading.Event()
     try:
         _take(path, note, me)

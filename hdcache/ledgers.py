@@ -10,17 +10,38 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import filelock
+from pydantic import Field
+
 from hdcache.array_metadata import contained, read_json, read_record
 from hdcache.durable import PARTIAL, durable_move, durable_unlink, durable_write, stored_object
 from hdcache.errors import StoreCorrupt
-from hdcache.schema import Manifest, Receipt, StoredObject
-from hdcache.store import Store
+from hdcache.records import CheckedRecord
+from hdcache.schema import FORMAT, Manifest, Objects, Receipt, StoredObject
+from hdcache.store import ROOT_LOCK, Store
 
 RECEIPTS, MANIFEST, SAMPLES_RECEIPT = "receipts", "manifest.json", "samples/receipt.json"
+INDEX = "index.json"
+
+
+class Index(CheckedRecord):
+    """What ``index.json`` says (:mod:`hdcache.index`)."""
+
+    format: int = FORMAT
+    objects: Objects = Field(default_factory=dict)
+    """Relative to the store's root: groups' records, the samples' receipt; of every sealed ledger its manifest and receipts."""
+
+
+def read_index(path: Path) -> Index | None:
+    """The index of a store at ``path``; None where it has none. :class:`StoreCorrupt` where it was altered."""
+    if not (path / INDEX).is_file():
+        return None
+    return Index.parse(read_json(path / INDEX), path / INDEX)
 
 
 @dataclass
@@ -45,10 +66,10 @@ def total_of(key: str, receipts: Iterable[Receipt]) -> Total:
 
 
 def file_size(path: str) -> int | None:
-    """Bytes of a file; None where there is none."""
+    """Bytes of a file; None where there is none. What cannot be looked at now, an :class:`OSError`, is not to be taken for lost."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
@@ -81,7 +102,15 @@ class Ledger:
         durable_write(self.folder / RECEIPTS / f"{receipt.shard}.json", receipt.checked())
 
     def unseal(self) -> None:
-        """Withdraw the seal before rows that failed are tried again."""
+        """Withdraw the seal before rows that failed are tried again; the index lists it no more, so that nobody misses it."""
+        if not self.sealed:
+            return
+        own = f"{self.key}/{MANIFEST}", f"{self.key}/{RECEIPTS}/"
+        with filelock.FileLock(self.root / ROOT_LOCK), suppress(StoreCorrupt):  # it is derived
+            known = read_index(self.root)
+            if known is not None and own[0] in known.objects:
+                others = {key: entry for key, entry in known.objects.items() if not key.startswith(own)}
+                durable_write(self.root / INDEX, known.model_copy(update={"objects": others}).checked())
         durable_unlink(self.folder / MANIFEST)
 
     def withdraw(self, shard: int) -> None:

@@ -23,6 +23,7 @@ from hdcache.errors import InputNotFound, UsageError
 from hdcache.finishing import Finisher
 from hdcache.geometry import geometry_manifest, read_geometry, sealed_geometry
 from hdcache.host_memory import HostMemory
+from hdcache.index import check_records
 from hdcache.options import Options
 from hdcache.order import epoch_order, rank_slice
 from hdcache.reader import TeacherReader
@@ -94,6 +95,8 @@ class Loader:
         # What reads no target still sees the views that were recorded, so that students can be compared. They belong to no
         # teacher: which ones the store has, or gets later, changes nothing.
         self._replays = store is not None and (bool(self.readers) or not options.fresh)
+        if store is not None:
+            check_records(store, [reader.name for reader in self.readers])
         self.views = self._usable_views(num_views)
         self._geometry: dict[int, Table] = {}
         self._awaited = 0.0

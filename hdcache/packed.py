@@ -29,6 +29,7 @@ from hdcache.arrays import ArrayReader, ShardWriter
 from hdcache.dataset_rows import Listed
 from hdcache.dataset_specs import Spec
 from hdcache.errors import StoreCorrupt, UnreadableImage
+from hdcache.index import check_records
 from hdcache.integrity import Ledger
 from hdcache.pixels import Proven, Source, check_array
 from hdcache.records import canonical_json
@@ -197,13 +198,21 @@ def _range(file: int, start: int, stop: int) -> bytes:
 
 
 def packed_dataset(store: Store) -> Listed | None:
-    """The store's own samples as a data set with the store's ids, labels and fingerprint; None where it has not got them all."""
+    """The store's own samples as a data set with the store's ids, labels and fingerprint; None where it has not got them all.
+
+    Raises
+    ------
+    StoreCorrupt
+        where they are not the store's, or their seal is lost.
+    """
     ledger, card = pixels_ledger(store), store.card.dataset
     if not ledger.sealed:
+        check_records(store, ())
         return None
+    store.check_count()
     manifest = ledger.proved_manifest()
-    if manifest.rows != card.count or not ((store.labels >= -1) & (store.labels < len(card.classes))).all():
-        raise StoreCorrupt(f"{ledger.folder}: does not fit the samples and classes of the store; copy the store again")
+    if manifest.rows != card.count:
+        raise StoreCorrupt(f"{ledger.folder}: does not fit the samples of the store; copy the store again")
     rows = np.empty(card.count, np.int64)
     rows[packed_order(store)] = np.arange(card.count)
     where = Spec("", "store", str(store.path.absolute()), {}).canonical()

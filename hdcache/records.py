@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -29,6 +30,9 @@ KEY = re.compile(r"[A-Za-z0-9._@/-]{1,512}")
 # A row beyond this is no feature; it bounds what a hostile record can make a reader allocate.
 MAX_VALUES = 1 << 32
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_BRIEF = reprlib.Repr()
+"""What a hostile record says where a number should be may be as long as the record."""
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
 WHOLE = {"whole": True}
 """The context in which records are dumped with every field."""
 
@@ -123,8 +127,7 @@ def first_fault(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"]) or "record"
     where = (where if where.isprintable() else ascii(where))[:160]  # keys of a hostile record may hold anything
-    value = repr(fault.get("input"))
-    return f"{where}: {fault['msg']} (found {value[:80]})"
+    return f"{where}: {fault['msg']} (found {_BRIEF.repr(fault.get('input'))[:80]})"
 
 
 def check_name(name: str, what: str) -> str:

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from hdcache.records import MAX_VALUES, CheckedRecord, Facts, GrownRecord, Record, canonical_json, check_key
 
 FORMAT = 1
+MAX_CHANNELS = 1 << 22
+"""More than any network is wide or any classifier has classes: a few stored ones of each row become that many when it is read."""
 
 
 class DatasetCard(GrownRecord):
@@ -188,7 +190,7 @@ class TapCard(GrownRecord):
     fidelity: float | None = None
     """Relative RMSE that was asked for (klt)."""
     tokens: int
-    channels: int
+    channels: int = Field(ge=1, le=MAX_CHANNELS)
     prefix_tokens: int
     arrays: dict[str, ArrayCard]
     """Per-row arrays, in ``views/K/TAP/``."""

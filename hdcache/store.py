@@ -164,6 +164,11 @@ class Store:
         store.ids = tuple(ids)
         return store
 
+    @property
+    def id(self) -> str:
+        """Sixteen hexadecimal digits that copies have in common: of the digest of what never changes, wherever it lies."""
+        return _lasting(self.card).digest()[:16]
+
     def _sample_array(self, name: str, count: int | None, dtype: str) -> NDArray[np.generic]:
         listed = Receipt.parse(
             read_json(self.path / "samples" / "receipt.json"), self.path / "samples" / "receipt.json"
@@ -174,6 +179,17 @@ class Store:
                 raise StoreCorrupt(f"{self.path}/samples/receipt.json: {name} is not listed")
             count = chunk.size - 4  # one byte a value, and the crc32c
         return ArrayReader(self.files.below("samples"), name, (count,), dtype, listed, None).rows(0, count)
+
+    def check_count(self) -> None:
+        """:class:`StoreCorrupt` unless the ids take as many bytes as the record says that there are samples.
+
+        For who makes something for each of them before anything of them is read: a record alone may say any number.
+        """
+        path, count = self.path / "samples" / "receipt.json", self.card.dataset.count
+        listed = Receipt.parse(read_json(path), path).objects.get("id_offsets/c.0")
+        if listed is None or listed.size != 8 * (count + 1) + 4:
+            raise StoreCorrupt(f"{path}: does not list the ids of {count:,} samples; copy the store again")
+        self.files.below("samples").unproved("id_offsets/c.0", listed).close()
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
@@ -199,12 +215,17 @@ class Store:
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """int64 [samples], an index into ``card.dataset.classes``, -1 where there is none."""
-        return self._sample_array("label", self.card.dataset.count, "int64").astype(np.int64)
+        found = self._sample_array("label", self.card.dataset.count, "int64").astype(np.int64)
+        if not ((found >= -1) & (found < len(self.card.dataset.classes))).all():
+            raise StoreCorrupt(
+                f"{self.path}/samples/label: does not fit the classes of the store; copy the store again"
+            )
+        return found
 
     def teachers(self) -> list[str]:
         """Names of the teachers in the store, sealed or not."""
-        found = (path.parent.name for path in (self.path / "teachers").glob("*/zarr.json"))
-        return sorted(name for name in found if NAME.fullmatch(name))
+        folder = self.path / "teachers"
+        return [name for name in names_in(folder) if NAME.fullmatch(name) and (folder / name / "zarr.json").is_file()]
 
     def teacher_path(self, name: str) -> Path:
         return self.path / "teachers" / check_name(name, "teacher")
@@ -213,6 +234,10 @@ class Store:
         """The record of one teacher; :class:`InputNotFound` lists those that exist."""
         path = contained(self.path, f"teachers/{check_name(name, 'teacher')}") / "zarr.json"
         if not path.is_file():
+            if next(path.parent.glob("views/*/manifest.json"), None) is not None:
+                raise StoreCorrupt(
+                    f"{path}: missing, and rows of the teacher are there; 'hdcache verify' lists what is damaged"
+                )
             known = ", ".join(self.teachers()) or "none"
             raise InputNotFound(
                 f"{self.path}: no teacher {name!r} (teachers: {known}); "
@@ -236,8 +261,9 @@ class Store:
 
     def views(self, teacher: str) -> list[int]:
         """Sealed views of a teacher, ascending."""
-        found = (self.teacher_path(teacher) / "views").glob("*/manifest.json")
-        return sorted(int(path.parent.name) for path in found if is_view(path.parent.name))
+        folder = self.teacher_path(teacher) / "views"
+        found = (name for name in names_in(folder) if is_view(name) and (folder / name / "manifest.json").is_file())
+        return sorted(int(name) for name in found)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -274,7 +300,7 @@ class Store:
     @property
     def begun(self) -> bool:
         """Whether it holds a teacher, rows of a view or bytes of samples: its settings are fixed then."""
-        views = any(is_view(path.name) for path in (self.path / "views").glob("*"))
+        views = any(is_view(name) for name in names_in(self.path / "views"))
         return views or bool(self.teachers()) or (self.path / PIXELS).is_dir()
 
     def withdraw(self) -> bool:
@@ -311,6 +337,14 @@ def _folder_links(folder: Path) -> Iterator[Path]:
 def _lasting(card: StoreCard) -> StoreCard:
     """A card without where the data lies, which may change."""
     return card.model_copy(update={"dataset": card.dataset.model_copy(update={"spec": ""})})
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, sorted; nothing where there is none. ``glob`` takes a folder that cannot be read for an empty one."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def is_view(name: str) -> bool:

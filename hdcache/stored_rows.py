@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hdcache.arrays import ArrayReader
 from hdcache.errors import InputNotFound, StoreCorrupt, UsageError
-from hdcache.index import held_taps
+from hdcache.index import check_records, held_taps
 from hdcache.ledgers import teacher_ledger
 from hdcache.masks import check_tubes, unpack_visible, visible_count
 from hdcache.records import check_key
@@ -39,6 +39,19 @@ class StoredRows:
         self._lock = threading.Lock()
         self._manifests: dict[int, Manifest] = {}
         self._arrays: dict[tuple[int, str, str], ArrayReader] = {}
+        self._prove_record()
+
+    def _prove_record(self) -> None:
+        """A record that no seal lists, where there are any, is none of theirs. A seal that is damaged concerns its own view."""
+        fault = None
+        for view in self.store.views(self.name):
+            try:
+                self.manifest(view)
+                return
+            except StoreCorrupt as error:
+                fault = fault or error
+        if fault is not None:
+            raise fault
 
     def pull_advice(self) -> str:
         """How taps that this copy of the store lacks are added to it; empty where it has all."""
@@ -79,6 +92,7 @@ class StoredRows:
         if view not in self._manifests:
             ledger = teacher_ledger(self.store, self.name, view)
             if not ledger.sealed:
+                check_records(self.store, [self.name])
                 have = self.store.views(self.name)
                 raise InputNotFound(
                     f"{self.store.path}: view {view} of teacher {self.name!r} is not complete (sealed views: {have or 'none'}); "
@@ -132,7 +146,10 @@ class StoredRows:
         count = self.store.card.dataset.count
         if not 0 <= start < stop <= count:
             raise UsageError(f"rows {start} to {stop}: choose a range inside 0 to {count}")
-        return {name: self._array(view, tap, name).rows(start, stop) for name in self.record.taps[tap].arrays}
+        found = {name: self._array(view, tap, name).rows(start, stop) for name in self.record.taps[tap].arrays}
+        if "classes" in found:
+            self._check_classes(tap, [found["classes"]])
+        return found
 
     def copy_rows(self, view: int, key: str, start: int, stop: int, into: Sequence[NDArray[np.generic] | None]) -> None:
         """Copy rows ``[start, stop)`` of one stored array, ``tap/array`` or :data:`MASK_ARRAY`, to where each is wanted.
@@ -144,7 +161,20 @@ class StoredRows:
         StoreCorrupt
             naming the object, when one is missing, has the wrong size or fails its checksum.
         """
-        self._array(view, *key.split("/")).copy_rows(start, stop, into)
+        tap, name = key.split("/")
+        self._array(view, tap, name).copy_rows(start, stop, into)
+        if name == "classes":
+            self._check_classes(tap, into)
+
+    def _check_classes(self, tap: str, rows: Sequence[NDArray[np.generic] | None]) -> None:
+        """Whether stored classes are some that there are: a GPU that is sent to others takes the process down."""
+        count = self.record.taps[tap].channels
+        for row in rows:
+            if row is not None and (row.min() < 0 or row.max() >= count):
+                raise StoreCorrupt(
+                    f"{self.store.path}: teacher {self.name!r}: tap {tap} holds a class that is none of its {count}; copy the "
+                    "store again"
+                )
 
     def expect_rows(self, view: int, key: str, start: int, stop: int) -> None:
         """Have the system fetch what :meth:`copy_rows` will read soon."""

@@ -22,17 +22,20 @@ import torch
 
 import lane_store
 import small_store
+from hdcache.api import OpenedStore
 from hdcache.draws import uniform
 from hdcache.durable import durable_write
 from hdcache.errors import HdcacheError, UnreadableImage
-from hdcache.geometry import read_geometry, sealed_geometry
+from hdcache.geometry import read_geometry
 from hdcache.index import held_taps
 from hdcache.info import describe_store
 from hdcache.integrity import verify
+from hdcache.loader import Loader
+from hdcache.options import Options
 from hdcache.packed import packed_dataset
 from hdcache.reader import TeacherReader
 from hdcache.row_arrays import MASK_ARRAY
-from hdcache.schema import ViewSpec
+from hdcache.schema import Preprocessing, ViewSpec
 from hdcache.store import ABOUT, About, Store
 
 TEACHERS = ("masked", "plain")
@@ -80,7 +83,7 @@ def write_store(root: Path, version: int = 0) -> dict[str, bytes]:
 
 def objects_of(root: Path) -> dict[str, bytes]:
     """Every object of a store by its key: all files but locks."""
-    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".lock")
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.endswith(".lock"))
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
@@ -238,24 +241,23 @@ def read_everything(opened: Callable[[], Store]) -> dict[str, Outcome]:
     if not kept:
         return found
     store, count = kept[0], lane_store.ROWS
-    way("teachers", store.teachers)
+    way("teachers", OpenedStore(store).teachers)
     way("ids", lambda: store.ids)
     way("labels", lambda: store.labels)
     way("info", lambda: _facts(store))
-    way("views", lambda: sealed_geometry(store))
     for view in range(lane_store.VIEWS):
         way(f"views/{view}", lambda view=view: read_geometry(store, view))
     dataset = way("samples", lambda: packed_dataset(store))
     for name in lane_store.IDS if dataset is not None else ():
         way(f"samples/{name}", lambda name=name: _sample(dataset, name))
     found["samples"] = found["samples"] if isinstance(found["samples"], Exception) else _digest(dataset is None)
+    way("loader", lambda: _loader(store))
     for teacher in TEACHERS:
         _read_teacher(store, teacher, count, way)
     return found
 
 
 def _read_teacher(store: Store, teacher: str, count: int, way: Callable[[str, Callable[[], Any]], Any]) -> None:
-    way(f"{teacher} views", lambda: store.views(teacher))
     way(f"{teacher} held", lambda: held_taps(store, teacher))
     readers: list[TeacherReader] = []
 
@@ -284,6 +286,17 @@ def _read_teacher(store: Store, teacher: str, count: int, way: Callable[[str, Ca
         if reader.record.card.mask is not None:
             card = lane_store.masks_of(store.card, view)
             way(f"{where} masks copied", lambda view=view, card=card: _copied(reader, view, MASK_ARRAY, card[0]))
+
+
+def _loader(store: Store) -> Any:
+    """The views that training goes through, and the rows of its epochs: of each teacher, of both, of none."""
+    samples: Any = lane_store.Samples(store.card.dataset)
+    options = Options(batch_size=4, preprocessing=Preprocessing(size=48))
+    found = []
+    for teachers in ((), *((name,) for name in TEACHERS), TEACHERS):
+        loader = Loader(samples, options, views=store.card.views, store=store, teachers=teachers)
+        found.append([loader.views, *(loader.order(epoch) for epoch in range(len(loader.views)))])
+    return found
 
 
 def _copied(reader: TeacherReader, view: int, key: str, row: Any) -> Any:

@@ -21,6 +21,7 @@ from hdcache.extract.audit import audit, format_audit
 from hdcache.extract.replay import replay
 from hdcache.extract.run import extract
 from hdcache.extract.writer import tap_writer
+from hdcache.index import write_index
 from hdcache.integrity import MANIFEST, teacher_ledger, verify
 from hdcache.reader import TeacherReader
 from hdcache.schema import Receipt
@@ -76,6 +77,7 @@ def rewrite(
     static = {key: entry for key, entry in before.objects.items() if key not in own}
     (ledger.folder / MANIFEST).unlink()
     ledger.seal(receipts, static, teacher=teacher, identity=before.identity, view=0, rows=count)
+    write_index(store)
     assert verify(store).good
 
 

@@ -322,12 +322,35 @@ def test_an_epoch_is_timed_beside_ram_and_live_teachers(tmp_path: Path) -> None:
         assert len(ideal) == 1 < min(ideal) + 1
 
 
+@pytest.mark.slow
+def test_whatever_is_killed_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    printed = call("kills.py", "--quick", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "kills.json").read_text())
+    assert found["wrong"] == []
+    assert len(found["found"]) == 5 == printed.count("\n| ") - 1
+    for name, counted in found["found"].items():
+        assert counted["right"] == counted["same"] == counted["rounds"] > 0, name
+        assert counted["left"] == counted["collected"]
+    assert sum(counted["kills"] for counted in found["found"].values()) >= 5
+    assert [path.name for path in tmp_path.iterdir()] == ["kills.json"]
+
+
+@pytest.mark.slow
+def test_whatever_call_fails_is_waited_out_or_named(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    printed = call("failing_calls.py", "--quick", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "failing_calls.json").read_text())
+    assert [tally["wrong"] for tally in found.values()] == [[]] * len(found)
+    assert printed.count("\n| ") == len(found)
+    assert sum(tally["faults"] for tally in found.values()) >= len(found) // 2
+
+
 def test_make_bench_runs_every_script_that_has_a_quick_form() -> None:
     makefile = (SCRIPTS.parent / "Makefile").read_text(encoding="utf-8")
-    listed = re.search(r"^BENCHMARKS := (.*)$", makefile, re.MULTILINE)
-    assert listed is not None
+    listed = re.findall(r"^(?:BENCHMARKS|FAULTS) := (.*)$", makefile, re.MULTILINE)
     quick = sorted(path.stem for path in SCRIPTS.glob("*.py") if '"--quick"' in path.read_text(encoding="utf-8"))
-    assert listed[1].split() == quick, "the list of quick benchmarks in the Makefile"
+    assert sorted(" ".join(listed).split()) == quick, "the lists of quick benchmarks in the Makefile"
 
 
 @pytest.mark.slow

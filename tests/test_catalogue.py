@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hdcache.errors import InputNotFound
 from hdcache.integrity import teacher_ledger
-from hdcache.sharing.catalogue import DEPTH, Catalogue, describe, find_stores, store_id
+from hdcache.sharing.catalogue import DEPTH, Catalogue, describe, find_stores
 from hdcache.sharing.catalogue_entries import StoreEntry, select
 from hdcache.store import Store
 
@@ -29,7 +29,7 @@ def test_an_entry_says_what_a_store_is(sealed_store: Path) -> None:
     assert (entry.path, entry.fault, entry.sealed) == ("store", "", True)
     assert (entry.kind, entry.noun, entry.samples, entry.classes) == ("folder", "images", 20, 2)
     assert entry.data == "folder:/data"
-    assert entry.id == store_id(store)
+    assert entry.id == store.id
     (teacher,) = entry.teachers
     assert teacher.id == store.teacher("t").identity_digest()[:16]
     assert (teacher.architecture, teacher.licence, teacher.views) == ("vit_tiny_patch16_224", "none", (0,))
@@ -47,10 +47,10 @@ def test_an_entry_says_what_a_store_is(sealed_store: Path) -> None:
 
 
 def test_the_id_does_not_depend_on_where_the_data_lies(sealed_store: Path) -> None:
-    before = store_id(Store.open(sealed_store))
+    before = Store.open(sealed_store).id
     about = json.loads((sealed_store / "about.json").read_text())
     (sealed_store / "about.json").write_text(json.dumps(about | {"data": "folder:/elsewhere"}))
-    assert store_id(Store.open(sealed_store)) == before
+    assert Store.open(sealed_store).id == before
 
 
 def test_stores_are_found_at_any_depth_and_not_inside_of_each_other(sealed_store: Path, tmp_path: Path) -> None:

@@ -225,3 +225,18 @@ def flipped(data: bytes, place: int) -> bytes:
     changed = bytearray(data)
     changed[place] ^= 1
     return bytes(changed)
+
+
+def test_a_system_that_gives_less_than_it_is_asked_for_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata, values, shards = made("int16", True)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, offset: pread(file, max(1, length // 2), offset))
+    with opened(tmp_path, shards[0]) as file:
+        found = [block.copy() for _, block in layout_of(metadata).read(*file, [0, 1])]
+    assert np.array_equal(np.concatenate(found), values[:SHARD])
+    with opened(tmp_path, shards[0]) as (number, size):
+        os.truncate(tmp_path / "shard", size - 3)
+        with pytest.raises(ValueError, match="ends early"):
+            list(layout_of(metadata).read(number, size, [0]))

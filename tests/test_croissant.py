@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from hdcache.array_metadata import group_metadata, read_attributes
 from hdcache.croissant import croissant_json
+from hdcache.errors import StoreUnreadable
 from hdcache.ledgers import teacher_ledger, view_ledger
 from hdcache.store import Store
 
@@ -122,6 +124,19 @@ def test_what_is_not_sealed_is_not_there(sealed_store: Path) -> None:
         "samples-arrays",
     ]
     assert described(sealed_store)["name"] == whole["name"]
+
+
+def test_a_teacher_that_cannot_be_read_now_is_not_left_out(sealed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def failing(path: Any, *given: Any, **more: Any) -> int:
+        if str(path).endswith("teachers/t/zarr.json"):
+            raise OSError(5, "Input/output error")
+        return opened(path, *given, **more)
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(StoreUnreadable, match=r"t/zarr\.json: cannot be read \(Input/output error\); check the disk"):
+        croissant_json(Store.open(sealed_store))
 
 
 @pytest.mark.parametrize("damage", [b"", b"[", b"{}", b'{"attributes": {"hdcache": {"name": "t"}}}'])

@@ -66,7 +66,7 @@ def cluster(faults: Path) -> Iterator[distributed.LocalCluster]:
     preload.write_text(FAULTS.format(folder=str(faults)))
     patient = {"distributed.deploy.lost-worker-timeout": "10 minutes"}
     with dask_config.set(patient), distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=None, resources={"GPU": 1},
+        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", resources={"GPU": 1},
         preload=[str(preload)], silence_logs=60, scheduler_kwargs={"allowed_failures": 0},
     ) as found:  # fmt: skip
         yield found

@@ -125,6 +125,7 @@ NO_OWN_TEST = {
     "hdcache/sharing/exported_shards.py": "shards are seen through export_store(), in test_export.py",
     "hdcache/cli_recipes.py": "the commands are called in test_cli.py",
     "extract/checked_rows.py": "which rows are drawn and how their images are opened is seen in test_replay.py and test_audit.py",
+    "extract/copying.py": "what is taken and what is not is seen through repair(), in test_repair.py",
     "extract/damage.py": "what is found, and of what it is, is seen through repair(), in test_repair.py",
     "extract/mending.py": "every way is seen through repair(), in test_repair.py",
     "extract/record_mending.py": "every way is seen through repair(), in test_repair.py",

@@ -10,9 +10,21 @@ import pytest
 from hdcache import index as indexes
 from hdcache.durable import durable_write, stored_object
 from hdcache.errors import StoreCorrupt
-from hdcache.index import HELD, INDEX, Held, build_index, held_taps, is_held, read_index, sealed_ledgers, write_index
+from hdcache.index import (
+    CROISSANT,
+    HELD,
+    INDEX,
+    Held,
+    build_index,
+    held_taps,
+    is_held,
+    read_index,
+    sealed_ledgers,
+    write_index,
+)
 from hdcache.integrity import verify
 from hdcache.ledgers import teacher_ledger
+from hdcache.schema import StoredObject
 from hdcache.store import Store
 
 
@@ -80,6 +92,29 @@ def test_an_altered_index_is_a_fault_and_made_anew(sealed_store: Path) -> None:
     assert [fault for fault in verify(store).faults if "index.json: altered" in fault]
     assert write_index(store) == good
     assert path.read_bytes() == whole
+
+
+def test_a_kill_while_the_index_is_written_leaves_no_damage(
+    sealed_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(sealed_store)
+    ledger = teacher_ledger(store, "t", 0)
+    seal = (ledger.folder / "manifest.json").read_bytes()
+    ledger.unseal()
+    write_index(store)
+    durable_write(ledger.folder / "manifest.json", seal)
+    written: list[str] = []
+
+    def dying(path: Path, data: bytes) -> StoredObject:
+        found = durable_write(path, data)
+        written.append(path.name)
+        assert verify(store).good, written
+        return found
+
+    monkeypatch.setattr(indexes, "durable_write", dying)
+    write_index(store)
+    assert written == [INDEX, CROISSANT, INDEX]
+    assert CROISSANT in read_index(sealed_store).objects  # type: ignore[union-attr]
 
 
 # Partial copies

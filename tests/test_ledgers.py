@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from hdcache.durable import durable_write, partial_files
 from hdcache.errors import StoreCorrupt
+from hdcache.index import write_index
 from hdcache.integrity import verify
-from hdcache.ledgers import Ledger, teacher_ledger, view_ledger
+from hdcache.ledgers import Ledger, read_index, teacher_ledger, view_ledger
 from hdcache.records import canonical_json
 from hdcache.schema import Receipt, StoredObject
 from hdcache.store import Store
@@ -130,6 +131,40 @@ def test_receipts_that_do_not_cover_the_rows(spans: list[tuple[int, int]], cover
     with pytest.raises(StoreCorrupt, match=f"receipts cover {covered} of 8 rows; run the same 'hdcache extract' again"):
         ledger.seal(made, {}, rows=8, **SEAL)
     assert not ledger.sealed
+
+
+def test_what_cannot_be_looked_at_now_is_not_lost(sealed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a shard would be written again, on another machine perhaps with other last bits, and a seal withdrawn."""
+    ledger, stat = teacher_ledger(Store.open(sealed_store), "t", 0), os.stat
+
+    def failing(path: Any, **more: Any) -> os.stat_result:
+        if str(path).endswith("c.1.0.0"):
+            raise OSError(110, "Connection timed out", path)
+        return stat(path, **more)
+
+    assert ledger.receipt(1) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing)
+        with pytest.raises(OSError, match="Connection timed out"):
+            ledger.receipt(1)
+        assert f"{SHARD}: cannot be read (Connection timed out)" in faults(sealed_store)
+    assert ledger.receipt(1) is not None
+
+
+def test_a_seal_that_is_withdrawn_is_no_longer_listed(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    whole = write_index(store).objects
+    view_ledger(store, 0).unseal()
+    left = read_index(sealed_store)
+    assert left is not None
+    assert whole.keys() - left.objects.keys() == {
+        "views/0/manifest.json", *(f"views/0/receipts/{shard}.json" for shard in range(3))
+    }  # fmt: skip
+    assert {key: whole[key] for key in left.objects} == left.objects
+    assert verify(store).good
+    (sealed_store / "index.json").write_bytes(b"broken")
+    teacher_ledger(store, "t", 0).unseal()
+    assert not teacher_ledger(store, "t", 0).sealed
 
 
 def test_a_seal_can_be_withdrawn(sealed_store: Path) -> None:

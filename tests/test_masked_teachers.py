@@ -382,7 +382,7 @@ def test_the_store_and_the_summary_say_what_a_teacher_saw(root: Path, tiny: str)
     bits = sum(
         path.stat().st_size
         for path in (root / "s/teachers/r/views").rglob("*")
-        if "/mask/" in str(path) and path.is_file()
+        if ("/mask/" in str(path) or "/pixels/" in str(path)) and path.is_file()
     )
     taps = facts["teachers"]["r"]["taps"]
     assert facts["teachers"]["r"]["bytes"] == bits + sum(entry["bytes"] for entry in taps.values())

@@ -172,6 +172,9 @@ def test_damaged_bytes_name_the_object_and_the_others_are_still_read(kept: Store
 
 def test_a_store_without_samples_says_how_to_add_them(kept: Store, tmp_path: Path) -> None:
     (kept.path / "samples/pixels/manifest.json").unlink()
+    with pytest.raises(StoreCorrupt, match=r"samples/pixels/manifest\.json: missing, and all that it speaks of is there"):
+        packed_dataset(kept)
+    (kept.path / "index.json").unlink()
     assert packed_dataset(kept) is None
     with pytest.raises(InputNotFound, match=r"does not keep its samples.*hdcache extract --store .* --pixels source"):
         open_dataset(f"store:{kept.path}")
@@ -184,7 +187,7 @@ def test_a_seal_for_other_samples_is_refused(kept: Store) -> None:
     path = kept.path / "samples/pixels/manifest.json"
     record = json.loads(path.read_bytes())
     path.write_text(json.dumps(record | {"rows": COUNT + 1, "check": ""}))
-    with pytest.raises(StoreCorrupt, match="does not fit the samples and classes"):
+    with pytest.raises(StoreCorrupt, match="does not fit the samples of the store"):
         packed_dataset(kept)
 
 
@@ -224,4 +227,5 @@ def test_receipts_alone_do_not_make_samples(kept: Store) -> None:
     receipts = [ledger.receipt(shard) for shard in range(3)]
     assert [receipt.rows for receipt in receipts if isinstance(receipt, Receipt)] == [(0, 8), (8, 16), (16, 20)]
     ledger.unseal()
+    (kept.path / "index.json").unlink()
     assert packed_dataset(kept) is None

@@ -151,6 +151,21 @@ def test_from_a_copy_everything_comes_back(made: Path, root: Path, tree: Tree) -
     assert tree(root) == before
 
 
+def test_from_a_copy_a_seal_and_its_receipts_come_back_together(made: Path, root: Path, tree: Tree) -> None:
+    """Without the index such a view looks like one that was never finished; with it, it is known to be lost."""
+    before = tree(root)
+    for name in ("manifest.json", "receipts/0.json", "receipts/2.json"):
+        (root / ROWS / name).unlink()
+    flip(root / "teachers/t/views/1/manifest.json")
+    flip(root / "teachers/t/views/1/receipts/1.json")
+    flip(root / "samples/receipt.json")
+    flip(root / "samples/label/zarr.json")
+    result = repair(root, copy=made / "s")
+    assert result["good"], [one for one in result["damaged"] if not one["outcome"]]
+    assert tree(root) == before
+    assert "missing, but index.json lists it" in format_repair(result)
+
+
 def test_a_copy_of_something_else_gives_nothing(
     root: Path, tmp_path: Path, tiny: str, make_npz: Any, tree: Tree
 ) -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hdcache.arrays import write_constant
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.schema import DatasetCard, Receipt, StoreCard, ViewSpec
-from hdcache.store import Store, is_view
+from hdcache.store import Store, is_view, names_in
 
 
 def card(count: int) -> StoreCard:
@@ -309,3 +309,21 @@ def test_a_store_that_holds_something_is_not_withdrawn(sealed_store: Path, gone:
     assert store.begun
     assert not store.withdraw()
     assert (sealed_store / "zarr.json").is_file()
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(sealed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a teacher would be missing from what is derived, and a store seem to be one that nothing was written to."""
+    store, listdir = Store.open(sealed_store), os.listdir
+    assert (store.teachers(), store.views("t"), store.begun) == (["t"], [0], True)
+    refused = [sealed_store / "teachers", sealed_store / "teachers/t/views", sealed_store / "views"]
+
+    def failing(path: Any) -> list[str]:
+        if path in refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", failing)
+    for look in (store.teachers, lambda: store.views("t"), lambda: store.begun):
+        with pytest.raises(PermissionError):
+            look()
+    assert names_in(sealed_store / "nothing") == names_in(sealed_store / "zarr.json") == []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import struct
 import threading
 import time
 import urllib.request
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -22,6 +26,7 @@ from hdcache.schema import ArrayCard
 from hdcache.store import PIXELS, Store
 from small_store import ROWS, make_tap, numbers, write_ledger, write_record, write_sealed
 
+Server = TypeVar("Server", bound="FaultyServer")
 SECRET = "wJalrXUtnFEMIsecretK7MDENG"
 KEY = "AKIATESTONLYKEY00000"
 
@@ -83,6 +88,11 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         fault = self.server.fault(key, asked)
         path = self.server.root / key
+        if fault == "reset":
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+            return
         if not fault.isdigit() and not path.is_file():
             fault = "404"
         if fault.isdigit():
@@ -153,9 +163,9 @@ class FaultyServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def web_server(root: Path) -> Iterator[FaultyServer]:
+def web_server(root: Path, kind: type[Server] = FaultyServer) -> Iterator[Server]:  # type: ignore[assignment]
     """A web server on a free port of this machine."""
-    server = FaultyServer(root)
+    server = kind(root)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

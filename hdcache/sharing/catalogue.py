@@ -165,7 +165,7 @@ def describe(root: Path, path: str) -> StoreEntry:
                 teachers.append(TeacherEntry(name=name, fault=reason(error)))
         return StoreEntry(
             path=path,
-            id=store_id(store),
+            id=store.id,
             format=store.card.format,
             kind=dataset.kind,
             noun=dataset.noun,
@@ -216,9 +216,3 @@ def _sealed_bytes(store: Store) -> int:
     for ledger in sealed_ledgers(store):
         objects |= {key: entry.size for key, entry in ledger.manifest().objects.items()}
     return sum(objects.values())
-
-
-def store_id(store: Store) -> str:
-    """First 16 digits of the sha256 of a store's card, without where its data lies: what copies have in common."""
-    dataset = store.card.dataset.model_copy(update={"spec": ""})
-    return store.card.model_copy(update={"dataset": dataset}).digest()[:16]
