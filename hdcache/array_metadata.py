@@ -36,6 +36,14 @@ def contained(root: Path, key: str) -> Path:
     return path
 
 
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, sorted; nothing where there is none. ``glob`` takes a folder that cannot be read for an empty one."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def read_record(path: Path) -> bytes:
     """The bytes of a small file of a store; :class:`StoreCorrupt` when it is missing, huge, a link or cannot be read."""
     try:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hdcache.array_metadata import read_record
+from hdcache.array_metadata import names_in, read_record
 from hdcache.durable import stored_object
 from hdcache.errors import HdcacheError, StoreUnreadable
 from hdcache.records import canonical_json
 from hdcache.schema import StoreCard, TapCard, TeacherRecord
-from hdcache.store import PIXELS, Store, is_view, names_in
+from hdcache.store import PIXELS, Store, is_view
 
 CONFORMS_TO = "http://mlcommons.org/croissant/1.1"
 ZARR = "https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hdcache.array_metadata import names_in
 from hdcache.arrays import ArrayReader
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
 from hdcache.index import check_records
 from hdcache.integrity import view_ledger
 from hdcache.schema import Manifest, StoredObject
-from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view, names_in
+from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view
 
 CHECKED_ROWS = 1 << 16
 """Rows of a view's geometry that are checked at a time."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 
-from hdcache.array_metadata import contained, read_json, read_record
+from hdcache.array_metadata import contained, names_in, read_json, read_record
 from hdcache.croissant import croissant_json
 from hdcache.durable import durable_write, stored_object
 from hdcache.errors import StoreCorrupt
@@ -23,7 +23,7 @@ from hdcache.ledgers import Index as Index
 from hdcache.ledgers import read_index as read_index
 from hdcache.records import NAME, Record
 from hdcache.schema import Objects, StoredObject
-from hdcache.store import PIXELS, ROOT_LOCK, Store, is_view, names_in
+from hdcache.store import PIXELS, ROOT_LOCK, Store, is_view
 
 HELD, CROISSANT = "held.json", "croissant.json"
 RECORDS = (CROISSANT, "zarr.json", SAMPLES_RECEIPT, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json")

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from hdcache.array_metadata import contained, group_metadata, read_attributes, read_json
+from hdcache.array_metadata import contained, group_metadata, names_in, read_attributes, read_json
 from hdcache.arrays import ArrayReader, write_constant
 from hdcache.durable import durable_write, sync_folder
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
@@ -337,14 +337,6 @@ def _folder_links(folder: Path) -> Iterator[Path]:
 def _lasting(card: StoreCard) -> StoreCard:
     """A card without where the data lies, which may change."""
     return card.model_copy(update={"dataset": card.dataset.model_copy(update={"spec": ""})})
-
-
-def names_in(folder: Path) -> list[str]:
-    """What lies in a folder, sorted; nothing where there is none. ``glob`` takes a folder that cannot be read for an empty one."""
-    try:
-        return sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def is_view(name: str) -> bool:

@@ -15,10 +15,12 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -87,6 +89,17 @@ def taps_of(teacher: str, view: int) -> list[MadeTap]:
         make_tap("pooled", "fp16", view),
         make_tap("logits", "topk", view),
     ]
+
+
+@contextmanager
+def few_taps() -> Iterator[None]:
+    """For as long as this lasts, teachers have some taps only: for tests that read a store many times."""
+    kept = ("block1.attn_in", "final", "logits", "pooled")
+    whole = taps_of
+    with mock.patch(
+        f"{__name__}.taps_of", lambda teacher, view: [t for t in whole(teacher, view) if t.card.tap in kept]
+    ):
+        yield
 
 
 def masks_of(card: StoreCard, view: int) -> Array:

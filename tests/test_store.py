@@ -20,10 +20,11 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hdcache.array_metadata import names_in
 from hdcache.arrays import write_constant
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.schema import DatasetCard, Receipt, StoreCard, ViewSpec
-from hdcache.store import Store, is_view, names_in
+from hdcache.store import Store, is_view
 
 
 def card(count: int) -> StoreCard:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from hdcache.array_metadata import RECORD_BYTES
 from hdcache.durable import stored_object
 from hdcache.errors import InputNotFound, OutOfSpace, StoreCorrupt, StoreMismatch
 from hdcache.index import CROISSANT, INDEX, RECORDS, is_held
@@ -17,7 +18,7 @@ from hdcache.records import differences
 from hdcache.schema import StoreCard, StoredObject
 from hdcache.sharing.folder import Folder
 from hdcache.sharing.objects import Found, Place
-from hdcache.sharing.selection import RECORD_BYTES, Contents, Share, Wanted, bounded_json, read_card, read_held
+from hdcache.sharing.selection import Contents, Share, Wanted, bounded_json, read_card, read_held
 from hdcache.store import ABOUT, PIXELS, is_view
 
 SHARED = "constants and weights"

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 import filelock
 
 from hdcache import stopping
+from hdcache.array_metadata import RECORD_BYTES
 from hdcache.croissant import croissant_json
 from hdcache.durable import stored_object
 from hdcache.errors import Interrupted, StoreCorrupt, StoreMismatch, UsageError
@@ -29,7 +30,6 @@ from hdcache.sharing.folder import Folder
 from hdcache.sharing.merging import Copied, Merged, Part, Plan, present
 from hdcache.sharing.objects import Found, Place
 from hdcache.sharing.selection import (
-    RECORD_BYTES,
     Contents,
     Wanted,
     bounded_json,
