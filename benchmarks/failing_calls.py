@@ -9,7 +9,7 @@ whole of it where a part was asked for, late, or by cutting the connection. A co
 or say what is wrong in one line with an exit code of its own; what is sealed must be good at every moment; and the same
 command without faults must end in the same bytes, with nothing else but unfinished files that ``hdcache gc`` removes.
 
-Prints one table and writes DIR/failing_calls.json; exit 1 where anything came out otherwise.
+Prints two tables and writes DIR/failing_calls.json; exit 1 where anything came out otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,17 +181,21 @@ class Campaign:
 
 
 def _without_notes(wanted: dict[str, bytes], kind: str) -> dict[str, bytes]:
-    """Of a place that refuses to say whether there are notes on where things came from, none are copied."""
-    return {key: data for key, data in wanted.items() if kind != "403" or key != ABOUT}
+    """Where a place says that there are no notes on where things came from, or refuses to say, none are copied."""
+    return {key: data for key, data in wanted.items() if kind not in ("403", "404") or key != ABOUT}
 
 
-def table(campaign: Campaign) -> str:
-    """Markdown: one line for each operation, faults that come once and faults that last."""
-    head = ("operation", "fault", "calls", "runs with a fault", "went on", "one clear error", "exit codes", "left unfinished files", "wrong")  # fmt: skip
+def table(found: Mapping[tuple[str, str], Tally], which: int, first: str) -> str:
+    """Markdown: one line for each operation (``which`` 0) or each fault (1)."""
+    head = (first, "calls", "runs with a fault", "went on", "one clear error", "exit codes", "left unfinished files", "wrong")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for (operation, kind), tally in campaign.found.items():
-        codes = ", ".join(f"{code}: {count}" for code, count in sorted(tally.codes.items()))
-        cells = [operation, kind, tally.calls, tally.faults, tally.succeeded, tally.codes.total(), codes, tally.partial, len(tally.wrong)]  # fmt: skip
+    for name in dict.fromkeys(key[which] for key in found):
+        mine = [tally for key, tally in found.items() if key[which] == name]
+        codes = sum((tally.codes for tally in mine), Counter[int]())
+        told = ", ".join(f"{code} ({count:,})" for code, count in sorted(codes.items()))
+        sums = [sum(getattr(tally, column) for tally in mine) for column in ("faults", "succeeded", "partial")]
+        calls = "" if which else f"{max(tally.calls for tally in mine):,}"
+        cells = [name, calls, f"{sums[0]:,}", f"{sums[1]:,}", f"{codes.total():,}", told, sums[2], sum(len(tally.wrong) for tally in mine)]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -236,7 +240,7 @@ def main() -> None:
             for kinds, lasting in kinds_of(operation):
                 campaign.inject(operation, kinds, lasting=lasting)
             sys.stderr.write(f"{operation.name}: {sum(len(t.wrong) for t in campaign.found.values())} wrong so far\n")
-    print(table(campaign))
+    print(table(campaign.found, 0, "operation"), table(campaign.found, 1, "fault"), sep="\n\n")
     wrong = [text for tally in campaign.found.values() for text in tally.wrong]
     facts = {
         f"{operation}: {kind}": {**vars(tally), "codes": dict(tally.codes)}

@@ -224,8 +224,8 @@ def make_operations(stores: Path, stack: ExitStack) -> list[Operation]:
         "failing-stream", lambda root: _compare(lambda: open_store(source.url, cache=root / "cache"), wanted)
     )
 
-    def path(*words: str, store: str = "s") -> Callable[[Path], list[str]]:
-        return lambda root: [word.format(root / store) for word in (*words, "--quiet")]
+    def path(*words: str) -> Callable[[Path], list[str]]:
+        return lambda root: [word.format(root / "s") for word in (*words, "--quiet")]
 
     start = partial(_copied, stores)
     return [
@@ -234,7 +234,7 @@ def make_operations(stores: Path, stack: ExitStack) -> list[Operation]:
         Operation("write failed rows again", _command("failing-again", _write), start("torn")),
         Operation("keep samples", _command("failing-pack", _pack), start("kept")),
         Operation("verify", path("verify", "{}"), start("sealed")),
-        Operation("verify --quick", path("verify", "{}", "--quick"), start("sealed")),
+        Operation("verify --quick", path("verify", "--quick", "{}"), start("sealed")),
         Operation("info", path("info", "{}"), start("sealed")),
         Operation("read all rows", read, start("sealed")),
         Operation("push to a folder", path("push", str(sealed), "{}"), start("")),

@@ -97,7 +97,7 @@ class Bench:
             found |= {"quick": verdict.quick, "full": verdict.full}
             bugs = list(verdict.bugs)
         elif campaign == "source":
-            empty = self.cache.with_name("empty")
+            empty = Path(tempfile.mkdtemp(dir=self.cache.parent))
             with injection.applied(self.root, self.objects):
                 read = damage.read_everything(lambda: self.streamed(empty))
             shutil.rmtree(empty, ignore_errors=True)

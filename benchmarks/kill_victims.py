@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -167,13 +170,22 @@ def _serve_bucket(port: int) -> None:
 
 
 def _serve_cluster(told: Path, orders: Path) -> None:
-    preload = f"import forked\nforked.Ordered({str(orders)!r}).install()\n"
+    """A scheduler, and two workers that are started again whenever they die: Dask's own nanny gives up on one that dies early."""
+    preload = told.with_name("preload.py")
+    preload.write_text(f"import forked\nforked.Ordered({str(orders)!r}).install()\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", preload=[preload], silence_logs=60,
-        scheduler_kwargs={"allowed_failures": 0},
-    ) as found:  # fmt: skip
+        n_workers=0, dashboard_address=None, silence_logs=60, scheduler_kwargs={"allowed_failures": 0}
+    ) as found:
+        start = [sys.executable, "-m", "distributed.cli.dask_worker", str(found.scheduler_address), "--no-nanny"]
+        start += ["--nthreads=1", "--no-dashboard", f"--preload={preload}"]
+        workers = [subprocess.Popen(start, env=environment) for _ in range(2)]
         told.write_text(str(found.scheduler_address))
-        time.sleep(86400)
+        while True:
+            workers = [
+                subprocess.Popen(start, env=environment) if worker.poll() is not None else worker for worker in workers
+            ]
+            time.sleep(0.2)
 
 
 def workers_of(process: int) -> list[psutil.Process]:
@@ -181,7 +193,7 @@ def workers_of(process: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(process).children(recursive=True):
         try:
-            if "spawn_main" in " ".join(child.cmdline()):
+            if {"spawn_main", "distributed.cli.dask_worker"} & set(re.split(r"[^\w.]+", " ".join(child.cmdline()))):
                 found.append(child)
         except psutil.Error:
             continue

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ BEAT = 15.0
 """Seconds between two signs of life."""
 STALE = 60.0
 """Seconds without one after which an owner on another machine counts as dead."""
+PATIENCE = 0.5
+"""Seconds that the note of an owner who has just begun is waited for."""
 _NOTE_LIMIT = 4096
 
 
@@ -84,7 +87,7 @@ def lease(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise _refusal(path, Owner.read(note)) from None
+        raise _refusal(path, _awaited(note)) from None
     except OSError:
         if not path.is_symlink():
             raise
@@ -113,6 +116,28 @@ def alive(path: Path) -> bool:
             return False
     except StoreLocked:
         return True
+
+
+def _awaited(note: Path) -> Owner | None:
+    """Whom a note names. It is written just after the lock is taken: there may be none yet, or a dead owner's."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        found = Owner.read(note)
+        if (found is not None and not _is_dead(found)) or time.monotonic() > until:
+            return found
+        time.sleep(0.02)
+
+
+def _is_dead(owner: Owner) -> bool:
+    if owner.host != platform.node() or os.name != "posix" or owner.process < 1:
+        return False
+    try:
+        os.kill(owner.process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's
+    return False
 
 
 def _take(lock: Path, note: Path, me: Owner) -> None:

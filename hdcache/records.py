@@ -32,7 +32,7 @@ MAX_VALUES = 1 << 32
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _BRIEF = reprlib.Repr()
 """What a hostile record says where a number should be may be as long as the record."""
-_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 200
 WHOLE = {"whole": True}
 """The context in which records are dumped with every field."""
 

@@ -1,4 +1,4 @@
-"""Chunks straight from a shard's file: what zarr reads, or an error; foreign layouts are left to zarr."""
+"""Chunks straight from a shard's file: what zarr reads, or an error; foreign layouts are refused."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ INNER = ("codecs", 0, "configuration")
         change("codecs", to=[{"name": "bytes"}, {"name": "crc32c"}]),
     ],
 )  # fmt: skip
-def test_other_layouts_are_left_to_zarr(foreign: Callable[[dict[str, Any]], None]) -> None:
+def test_other_layouts_are_none_of_ours(foreign: Callable[[dict[str, Any]], None]) -> None:
     metadata, _, _ = made("uint8", codec=True)
     assert ShardLayout.of(metadata) is not None
     changed = copy.deepcopy(metadata)
@@ -182,6 +182,36 @@ def test_a_chunk_that_says_it_is_longer_is_an_error(length: int, flags: int, tmp
     message = "another length than its own" if length >= 8 else "a chunk of another size"
     with opened(tmp_path, forged(chunk)) as file, pytest.raises(ValueError, match=f"{message}|outside of the shard"):
         list(layout_of(metadata).read(*file, [0]))
+
+
+@pytest.mark.parametrize("promised", [0, 59, 61, 2**31 - 1, 2**32 - 1])
+def test_what_a_chunk_promises_is_seen_before_it_is_decoded(promised: int, tmp_path: Path) -> None:
+    """Whoever decodes it would make all of that first. The bytes of the rows themselves are not looked at."""
+    metadata, _, shards = made("uint8", codec=True)
+    layout, data = layout_of(metadata), shards[0]
+    with opened(tmp_path, data) as file:
+        layout.check(*file, [0, 1])
+    index = np.frombuffer(data[-36:-4], "<u8").reshape(-1, 2).tolist()
+    chunk = data[index[0][0] : sum(index[0]) - 4]
+    with opened(tmp_path, forged(chunk)) as file:
+        layout.check(*file, [0, 1])
+    with (
+        opened(tmp_path, forged(chunk[:4] + promised.to_bytes(4, "little") + chunk[8:])) as file,
+        pytest.raises(ValueError, match="a chunk of another size"),
+    ):
+        layout.check(*file, [0, 1])
+    with opened(tmp_path, forged(chunk + b"x")) as file, pytest.raises(ValueError, match="another length than its own"):
+        layout.check(*file, [1])
+
+
+@pytest.mark.parametrize("places", [[(0, 60), (0, 60)], [(0, 60), (59, 60)], [(60, 60), (0, 60)], [(0, 60), (90, 40)]])
+def test_chunks_that_share_bytes_are_an_error(places: list[tuple[int, int]], tmp_path: Path) -> None:
+    """With each other, or with the index."""
+    metadata, _, _ = made("uint8", codec=False)
+    table = np.array(places, "<u8").tobytes()
+    data = bytes(120) + table + google_crc32c.value(table).to_bytes(4, "little")
+    with opened(tmp_path, data) as file, pytest.raises(ValueError, match=r"inside of another|outside of the shard"):
+        layout_of(metadata).check(*file, [0, 1])
 
 
 def test_a_chunk_that_was_never_written_is_an_error(tmp_path: Path) -> None:

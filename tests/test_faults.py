@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import damage
@@ -76,7 +75,7 @@ def undone(injection: Injection, objects: dict[str, bytes]) -> bool:
     return all(damage.UNPROTECTED.fullmatch(key) for key in changed)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_read_is_what_was_there_or_an_error(
     data: st.DataObject, stores: tuple[Made, dict[str, dict[str, bytes]]]
@@ -92,36 +91,56 @@ def test_what_is_read_is_what_was_there_or_an_error(
     assert verdict.full or undone(injection, objects)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture
+def streamed(made: Made, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, damage.Outcome]]:
+    """Reads the store at a URL through a cache."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(logging.getLogger("hdcache.sharing.object_cache"), "disabled", True)
+    url = f"file://{made[0]}"
+    return lambda cache: damage.read_everything(lambda: open_store(url, cache=cache, cache_size="1GB"))
+
+
+STREAMED = settings(
+    max_examples=12, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@STREAMED
 @given(data=st.data())
-def test_so_it_is_through_a_cache(
+def test_so_it_is_of_a_store_at_a_url(
     data: st.DataObject,
     stores: tuple[Made, dict[str, dict[str, bytes]]],
+    streamed: Callable[[Path], dict[str, damage.Outcome]],
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a store at a URL: damage at its source and, once all was read, in the cache."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(logging.getLogger("hdcache"), "disabled", True)
     (root, objects, truth), others = stores
-    cache = tmp_path_factory.mktemp("cache")
-
-    def read() -> dict[str, damage.Outcome]:
-        return damage.read_everything(lambda: open_store(f"file://{root}", cache=cache, cache_size="1GB"))
-
-    injection = data.draw(damages(objects, others))
+    injection, cache = data.draw(damages(objects, others)), tmp_path_factory.mktemp("cache")
     with injection.applied(root, objects):
-        found = read()
+        found = streamed(cache)
     assert damage.wrong_ways(truth, found) == []
     assert damage.bugs_of(injection, root, found) == []
-    shutil.rmtree(cache)
-    assert read() == truth, "nothing of the damage was kept"
-    cached = damage.objects_of(cache)
-    injection = data.draw(damages(cached, {}))
-    with injection.applied(cache, cached):
-        found = read()
+    found = streamed(cache)
     assert damage.wrong_ways(truth, found) == []
-    assert damage.bugs_of(injection, cache, found) == []
+    assert found == truth, "nothing of the damage was kept"
+
+
+def test_so_it_is_in_a_cache(made: Made, streamed: Callable[[Path], dict[str, damage.Outcome]], tmp_path: Path) -> None:
+    """What a file of the cache has become is not read; an object is fetched again."""
+    assert streamed(tmp_path) == made[2]
+    cached = damage.objects_of(tmp_path)
+
+    @STREAMED
+    @given(data=st.data())
+    def damaged(data: st.DataObject) -> None:
+        injection = data.draw(damages(cached, {}))
+        with injection.applied(tmp_path, cached):
+            found = streamed(tmp_path)
+        assert damage.wrong_ways(made[2], found) == []
+        assert damage.bugs_of(injection, tmp_path, found) == []
+        if all(key.startswith("objects/") for key in injection.change):
+            assert found == made[2]
+
+    damaged()
 
 
 def test_a_silently_wrong_read_would_be_seen(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

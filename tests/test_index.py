@@ -16,8 +16,11 @@ from hdcache.index import (
     INDEX,
     Held,
     build_index,
+    check_records,
+    check_seals,
     held_taps,
     is_held,
+    lost_records,
     read_index,
     sealed_ledgers,
     write_index,
@@ -163,3 +166,54 @@ def test_a_note_of_nonsense_is_named(sealed_store: Path) -> None:
     with pytest.raises(StoreCorrupt, match=r"held\.json: taps: .*tuple"):
         held_taps(Store.open(sealed_store), "t")
     assert "held.json: taps" in "\n".join(verify(Store.open(sealed_store)).faults)
+
+
+# What is lost
+
+
+@pytest.mark.parametrize("teachers", [None, ["t"], []])
+@pytest.mark.parametrize("key", ["teachers/t/views/0/manifest.json", "views/0/manifest.json", "teachers/t/zarr.json"])
+def test_a_record_that_is_gone_is_told_from_one_that_never_was(
+    key: str, teachers: list[str] | None, sealed_store: Path
+) -> None:
+    store = Store.open(sealed_store)
+    write_index(store)
+    assert lost_records(store, teachers) == []
+    (sealed_store / key).unlink()
+    asked = teachers != [] or key.startswith("views/")
+    assert lost_records(store, teachers) == [key] * asked
+    if asked:
+        with pytest.raises(
+            StoreCorrupt, match=rf"{key}: missing, and all that it speaks of is there; 'hdcache repair "
+        ):
+            check_records(store, teachers)
+    (sealed_store / INDEX).unlink()
+    gone = key == "teachers/t/zarr.json" and asked
+    assert lost_records(store, teachers) == [key] * gone, "nothing says that it was ever sealed"
+
+
+def test_a_seal_that_was_withdrawn_is_not_lost(sealed_store: Path) -> None:
+    """Rows that failed are tried again without a seal, and with a receipt less; so ends a store whose index is damaged."""
+    store = Store.open(sealed_store)
+    write_index(store)
+    ledger = teacher_ledger(store, "t", 0)
+    ledger.unseal()
+    ledger.withdraw(1)
+    assert lost_records(store) == []
+    assert verify(store).unsealed == ["teachers/t/views/0"]
+    assert verify(store).good
+
+
+def test_a_seal_that_the_index_does_not_list_is_none(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    check_seals(store)
+    write_index(store)
+    check_seals(store)
+    path = sealed_store / "views/0/manifest.json"
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(
+        StoreCorrupt, match=r"views/0/manifest\.json: not the seal that index\.json lists; run the same"
+    ):
+        check_seals(store)
+    (sealed_store / INDEX).write_text("{")
+    check_seals(store)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hdcache.errors import StoreCorrupt
+from hdcache.index import write_index
 from hdcache.info import describe_store, format_store
 from hdcache.integrity import teacher_ledger
 from hdcache.schema import DatasetCard, StoreCard
@@ -98,4 +99,19 @@ def test_a_store_without_teachers(name: str, text: str, tmp_path: Path) -> None:
 def test_a_damaged_manifest_is_named(sealed_store: Path) -> None:
     (sealed_store / "teachers/t/views/0/manifest.json").write_text("[]")
     with pytest.raises(StoreCorrupt, match=r"manifest\.json: record: "):
+        describe_store(Store.open(sealed_store))
+
+
+def test_seals_are_those_that_they_should_be(sealed_store: Path) -> None:
+    """A seal of an earlier version of the view, or of none of the teacher, would have its sizes and digest shown."""
+    write_index(Store.open(sealed_store))
+    path = sealed_store / "teachers/t/views/0/manifest.json"
+    whole = path.read_bytes()
+    manifest = json.loads(whole) | {"check": ""}
+    path.write_bytes(json.dumps(manifest | {"saturated": 7}).encode())
+    with pytest.raises(StoreCorrupt, match=r"manifest\.json: not the seal that index\.json lists"):
+        describe_store(Store.open(sealed_store))
+    (sealed_store / "index.json").unlink()
+    path.write_bytes(json.dumps(manifest | {"identity": "0" * 64}).encode())
+    with pytest.raises(StoreCorrupt, match=r"manifest\.json: seals 't' view 0 \(identity 0{12}\), not 't' view 0"):
         describe_store(Store.open(sealed_store))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hdcache.arrays import ArrayReader
 from hdcache.errors import HdcacheError
+from hdcache.index import write_index
 from hdcache.integrity import verify
 from hdcache.ledgers import Ledger, teacher_ledger
 from hdcache.records import canonical_json
@@ -257,4 +258,51 @@ def test_a_teacher_that_was_begun_is_no_fault(sealed_store: Path) -> None:
     assert found.good
     assert found.unsealed == ["teachers/u"]
     (sealed_store / "teachers/t/zarr.json").unlink()
-    assert any("teachers/t/zarr.json: missing" in fault for fault in verify(Store.open(sealed_store)).faults), "its rows are sealed"
+    assert any("teachers/t/zarr.json: missing" in fault for fault in verify(Store.open(sealed_store)).faults), (
+        "its rows are sealed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "quick"),
+    [
+        ("croissant.json", False),
+        ("samples/zarr.json", False),
+        ("views/zarr.json", False),
+        ("teachers/zarr.json", False),
+        (f"{ROWS}/receipts/1.json", False),
+        (f"{ROWS}/manifest.json", True),
+        ("index.json", True),
+    ],
+)
+def test_what_the_index_alone_lists_is_checked(key: str, quick: bool, sealed_store: Path) -> None:
+    """A space more changes no record, and is found; a byte changed to another where nothing else says what it was."""
+    write_index(Store.open(sealed_store))
+    path = sealed_store / key
+    whole = path.read_bytes()
+    for change in (lambda data: data.replace(b":", b": ", 1), lambda data: data + b"\n"):
+        path.write_bytes(change(whole))
+        assert f"{path}: " in faults(sealed_store)
+        assert f"{path}: " in faults(sealed_store, quick=True)
+    path.write_bytes(whole.replace(b'"', b"'", 1))
+    assert f"{path}: " in faults(sealed_store)
+    assert (f"{path}: " in faults(sealed_store, quick=True)) == (quick or "receipts" in key)
+    path.unlink()
+    assert (f"{path}: missing" in faults(sealed_store)) == (key != "index.json")
+    path.write_bytes(whole)
+    assert verify(Store.open(sealed_store)).good
+
+
+def test_an_index_that_is_older_than_a_seal(sealed_store: Path) -> None:
+    """A kill came between the two; the records are good, and the next extraction writes it anew."""
+    store = Store.open(sealed_store)
+    ledger = teacher_ledger(store, "t", 0)
+    edit(ledger.folder / "receipts/1.json", lambda receipt: receipt.update(saturated=5))
+    edit(ledger.folder / "manifest.json", lambda manifest: manifest.update(saturated=5))
+    write_index(store)
+    edit(ledger.folder / "receipts/1.json", lambda receipt: receipt.update(saturated=4))
+    edit(ledger.folder / "manifest.json", lambda manifest: manifest.update(saturated=4))
+    older = f"{sealed_store}/index.json: older than {ROWS}/manifest.json; run the same 'hdcache extract' again"
+    assert verify(store).faults == [older]
+    write_index(store)
+    assert verify(store).good

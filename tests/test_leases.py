@@ -41,7 +41,8 @@ def test_a_lease_names_owner_host_and_time_and_is_given_back(tmp_path: Path) -> 
     assert not alive(path)
 
 
-def test_an_error_gives_it_back_and_an_owner_may_be_unknown(tmp_path: Path) -> None:
+def test_an_error_gives_it_back_and_an_owner_may_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "PATIENCE", 0.02)
     with pytest.raises(ZeroDivisionError), lease(tmp_path / ".t.lock"):
         _ = 1 / 0
     for text in (None, b"", b"process 3 on x", b"[]", b'{"user": 1}', b"\xff" * 9000):
@@ -74,6 +75,26 @@ def test_a_killed_owner_is_followed_at_once(tmp_path: Path, python: Callable[...
         owner = Owner.read(tmp_path / ".t.owner")
         assert owner is not None
         assert owner.process == os.getpid()
+
+
+def test_an_owner_that_has_just_begun_is_waited_for(
+    tmp_path: Path, python: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock comes before the note: there is none yet, or that of a process that was killed."""
+    gone = python("pass")
+    gone.communicate(timeout=20)
+    monkeypatch.setattr(leases, "PATIENCE", 20.0)
+    for old in (None, replace(Owner.here(), process=gone.pid)):
+        path = tmp_path / str(old is None) / ".t.lock"
+        with lease(path):
+            owner = path.with_suffix(".owner")
+            now = owner.read_text()
+            owner.unlink() if old is None else owner.write_text(json.dumps(asdict(old)))
+            late = threading.Timer(0.2, owner.write_text, (now,))
+            late.start()
+            with pytest.raises(StoreLocked, match=f"process {os.getpid()} on"), lease(path):
+                pass
+            late.join()
 
 
 def test_an_owner_on_another_machine_lives_while_its_note_is_fresh(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hdcache.records import (
     differences,
     first_fault,
 )
-from hdcache.schema import DatasetCard, StoreCard, ViewSpec
+from hdcache.schema import DatasetCard, Receipt, StoreCard, ViewSpec
 
 jsons = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
@@ -87,6 +87,14 @@ def test_the_first_fault_is_one_line_that_names_its_field(value: object, message
     with pytest.raises(StoreCorrupt, match=message) as caught:
         Shelf.parse(value, "here")
     assert str(caught.value).isprintable()
+
+
+def test_a_fault_of_a_huge_record_is_told_in_a_line() -> None:
+    """Whatever lies where a number should be, and however much of it."""
+    for value in ("x" * 10**7, ["y" * 10**6] * 10, {"z" * 10**6: 1}, {str(n): n for n in range(10**5)}, -(10**4000)):
+        with pytest.raises(StoreCorrupt) as caught:
+            Receipt.parse({"shard": value, "rows": [0, 1], "objects": {}}, "r.json")
+        assert len(str(caught.value)) < 400
 
 
 def test_a_fault_is_told_without_a_place_too() -> None:

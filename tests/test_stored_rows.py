@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hdcache.array_metadata import group_metadata, read_attributes
 from hdcache.errors import HdcacheError, InputNotFound, StoreCorrupt, UsageError
 from hdcache.integrity import teacher_ledger
+from hdcache.row_arrays import codec_of
 from hdcache.store import Store
 from hdcache.stored_rows import StoredRows
+from small_store import IDS, MadeTap, make_tap, store_card, write_ledger, write_record
 
 
 def rows_of(path: Path) -> StoredRows:
@@ -173,3 +177,57 @@ def test_a_changed_record_is_read_or_says_why(
         assert "\n" not in message
     finally:
         path.write_bytes(whole)
+
+
+# The record
+
+
+def test_a_record_that_no_seal_lists_is_refused_before_it_is_believed(sealed_store: Path) -> None:
+    """Its numbers are as if they were the teacher's: other errors, other constants, of the same identity."""
+    path = sealed_store / "teachers/t/zarr.json"
+    record = read_attributes(path)
+    record["taps"]["final"]["certificate"]["cosine_mean"] = 1.0
+    path.write_bytes(group_metadata(record))
+    with pytest.raises(
+        StoreCorrupt, match=r"teachers/t/zarr\.json: not the record that .*manifest\.json was sealed with"
+    ):
+        rows_of(sealed_store)
+
+
+def test_a_damaged_seal_concerns_its_own_view(sealed_store: Path) -> None:
+    shutil.copytree(sealed_store / "teachers/t/views/0", sealed_store / "teachers/t/views/1")
+    with pytest.raises(StoreCorrupt, match=r"views/1/manifest\.json: seals 't' view 0"):
+        rows_of(sealed_store).rows(1, "final", 0, 1)
+    (sealed_store / "teachers/t/views/0").rename(sealed_store / "teachers/t/views/2")
+    with pytest.raises(StoreCorrupt, match=r"views/1/manifest\.json: seals 't' view 0"):
+        rows_of(sealed_store)
+
+
+@pytest.mark.parametrize("value", [1000, 2**16 - 1])
+def test_classes_are_some_that_there_are(value: int, tmp_path: Path) -> None:
+    """A GPU that is sent to others takes the process down."""
+    store = Store.create(tmp_path / "s", store_card(), IDS, np.zeros(len(IDS), np.int64))
+    tap = make_tap("logits", "topk")
+    good = StoredRows(store, write_rows(store, tap))
+    assert good.rows(0, "logits", 0, 20)["classes"].max() < 1000
+    tap.parts["classes"][7, 2] = value
+    shutil.rmtree(store.teacher_path("u"))
+    bad = StoredRows(store, write_rows(store, tap))
+    into = [np.zeros(3, np.uint16) for _ in range(20)]
+    bad.copy_rows(0, "logits/classes", 0, 7, into[:7])
+    for read in (lambda: bad.rows(0, "logits", 0, 20), lambda: bad.copy_rows(0, "logits/classes", 0, 20, into)):
+        with pytest.raises(
+            StoreCorrupt, match="teacher 'u': tap logits holds a class that is none of its 1000; copy the"
+        ):
+            read()
+
+
+def write_rows(store: Store, tap: MadeTap) -> str:
+    """A teacher of one tap."""
+    record = write_record(store, "u", [tap])
+    rows = {
+        f"{tap.card.tap}/{name}": (tap.card.arrays[name], codec_of(tap.card, name), part)
+        for name, part in tap.parts.items()
+    }
+    write_ledger(teacher_ledger(store, "u", 0), rows, teacher="u", identity=record.identity_digest(), view=0)
+    return "u"
