@@ -244,7 +244,9 @@ def main() -> None:
             while campaign.found[victim.name]["kills"] < wanted and number < 3 * wanted:
                 campaign.round(victim, number)
                 number += 1
-            sys.stderr.write(f"{victim.name}: {dict(campaign.found[victim.name])}, {len(campaign.wrong)} wrong so far\n")
+            sys.stderr.write(
+                f"{victim.name}: {dict(campaign.found[victim.name])}, {len(campaign.wrong)} wrong so far\n"
+            )
     print(table(campaign))
     facts: dict[str, Any] = {"seconds": campaign.seconds, "calls": campaign.calls, "wrong": campaign.wrong}
     facts["found"] = {name: dict(found) for name, found in campaign.found.items()}

@@ -21,6 +21,8 @@ RECORD_BYTES = 64 << 20
 """The largest record that is read: a manifest of some 400,000 objects."""
 NESTED, ENTRIES = 450_000, 1_500_000
 """Objects and lists, and commas, that a record may hold: with them a parser's memory is bounded before it parses."""
+GROUP_NESTED = 20_000
+"""Objects and lists in the record of a store or of a teacher, which lists no shards."""
 CHECK = "hdcache_check"
 """Attribute of a group beside its record; stores of earlier versions have none."""
 
@@ -76,7 +78,7 @@ def read_json(path: Path) -> Any:
 
 def read_attributes(path: Path) -> Any:
     """The ``hdcache`` attribute of a group's metadata, None where there is none."""
-    return attributes_of(read_json(path), path)
+    return attributes_of(parse_json(path, read_record(path), GROUP_NESTED), path)
 
 
 def attributes_of(found: Any, where: str | Path) -> Any:
@@ -98,13 +100,13 @@ def group_metadata(record: Mapping[str, Any]) -> bytes:
     return canonical_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-def parse_json(where: str | Path, data: bytes) -> Any:
+def parse_json(where: str | Path, data: bytes, nested: int = NESTED) -> Any:
     """The value of a JSON text that was read from ``where``; :class:`StoreCorrupt` when it is malformed or says a thing twice.
 
     What would take more memory than any record does is refused before it is parsed.
     """
-    if data.count(b"{") + data.count(b"[") > NESTED or data.count(b",") > ENTRIES:
-        raise StoreCorrupt(f"{where}: more than {NESTED:,} entries; not a record of hdcache")
+    if data.count(b"{") + data.count(b"[") > nested or data.count(b",") > ENTRIES:
+        raise StoreCorrupt(f"{where}: more than {nested:,} entries; not a record of hdcache")
     try:
         return json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_twins)
     except (ValueError, RecursionError):

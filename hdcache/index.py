@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import filelock
 
@@ -32,7 +33,7 @@ RECORDS = (CROISSANT, "zarr.json", SAMPLES_RECEIPT, "samples/zarr.json", "views/
 class Held(Record):
     """Which taps of a teacher this copy of a store has; written beside the teacher's record by a partial copy alone."""
 
-    taps: tuple[str, ...]
+    taps: Annotated[tuple[str, ...], FailFast()]
 
 
 def sealed_ledgers(store: Store) -> list[Ledger]:

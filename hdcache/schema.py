@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
 
 from hdcache.records import MAX_VALUES, CheckedRecord, Facts, GrownRecord, Record, canonical_json, check_key
 
@@ -26,7 +27,7 @@ class DatasetCard(GrownRecord):
     fingerprint: str
     """sha256 over the sorted (id, label name, digest of arrays) of every sample."""
     count: int = Field(ge=1, le=MAX_VALUES)
-    classes: tuple[str, ...] = ()
+    classes: Annotated[tuple[str, ...], FailFast()] = ()
     """Class names; ``label`` arrays index into them, -1 where a sample has none."""
     shorter_side: int | None = Field(default=None, ge=16, le=8192)
     """Larger images were shrunk to it, once and before any network saw them (:mod:`hdcache.shrinking`); None: none were."""
@@ -284,8 +285,36 @@ class StoredObject(Record):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-Objects = dict[Annotated[str, AfterValidator(check_key)], StoredObject]
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _files(value: Any) -> Any:
+    # All faults of a record are collected otherwise, a kilobyte each; a hostile one has hundreds of thousands.
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        check_key(str(key))
+        if not isinstance(entry, StoredObject) and not (
+            isinstance(entry, dict)
+            and entry.keys() == {"size", "sha256"}
+            and isinstance(entry["size"], int)
+            and entry["size"] >= 0
+            and isinstance(entry["sha256"], str)
+            and _SHA256.fullmatch(entry["sha256"])
+        ):
+            raise ValueError(f"not the size and sha256 of {key}")
+    return value
+
+
+def _reasons(value: Any) -> Any:
+    for row, reason in value.items() if isinstance(value, dict) else ():
+        if not isinstance(reason, str) or not (isinstance(row, int) or row.lstrip("-").isdecimal()):
+            raise ValueError(f"not the reason why row {str(row)[:40]!r} failed")
+    return value
+
+
+Objects = Annotated[dict[str, StoredObject], BeforeValidator(_files)]
 """Files by a key that cannot leave the folder it is relative to."""
+Reasons = Annotated[dict[int, str], BeforeValidator(_reasons)]
+"""Row -> why it failed."""
 
 
 class TeacherRecord(Record):
@@ -294,7 +323,7 @@ class TeacherRecord(Record):
     name: str
     card: TeacherCard
     taps: dict[str, TapCard]
-    requests: tuple[TapRequest, ...]
+    requests: Annotated[tuple[TapRequest, ...], FailFast()]
     dataset: str
     """Fingerprint of the data set."""
     views: ViewSpec
@@ -327,7 +356,7 @@ class Receipt(CheckedRecord):
     rows: tuple[int, int]
     objects: Objects
     """Relative to the folder that holds ``receipts/``."""
-    failed: dict[int, str] = Field(default_factory=dict)
+    failed: Reasons = Field(default_factory=dict)
     """Row -> reason, for rows whose image could not be read or whose features were not finite."""
     saturated: int = 0
     """Values clipped to their integer range while encoding."""
@@ -344,5 +373,5 @@ class Manifest(CheckedRecord):
     rows: int
     objects: Objects
     """Relative to the store's root: the view's arrays, the teacher's constants and metadata."""
-    failed: dict[int, str] = Field(default_factory=dict)
+    failed: Reasons = Field(default_factory=dict)
     saturated: int = 0

@@ -314,7 +314,9 @@ def test_a_torn_store_is_refused(torn: tuple[Path, Path], tmp_path: Path, quick:
     with pytest.raises(StoreCorrupt, match=r"c\.1.*: missing, expected \d+ bytes"):
         run(quick, tmp_path / "a", store=root)
     (root / "teachers/t/views/0/manifest.json").unlink()
-    with pytest.raises(StoreCorrupt, match=r"views/0/manifest\.json: missing, and all that it speaks of is there; 'hdcache repair"):
+    with pytest.raises(
+        StoreCorrupt, match=r"views/0/manifest\.json: missing, and all that it speaks of is there; 'hdcache repair"
+    ):
         run(quick, tmp_path / "a", store=root)
     (root / "teachers/t/views/1/manifest.json").unlink()
     (root / "index.json").unlink()

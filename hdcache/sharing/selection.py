@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hdcache.array_metadata import RECORD_BYTES, attributes_of, parse_json
+from hdcache.array_metadata import GROUP_NESTED, NESTED, RECORD_BYTES, attributes_of, parse_json
 from hdcache.durable import stored_object
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, nearest
 from hdcache.index import HELD, INDEX, RECORDS, Held, Index, build_index, is_held
@@ -32,11 +32,11 @@ def read_listed(place: Place, key: str, listed: StoredObject) -> bytes:
     return b"".join(place.parts(key, listed))
 
 
-def bounded_json(where: str, data: bytes) -> Any:
+def bounded_json(where: str, data: bytes, nested: int = NESTED) -> Any:
     """The value of a JSON text of a place."""
     if data[:1] == b"<":
         raise StoreCorrupt(f"{where}: a page of HTML, not a record; check the URL, and any proxy or login before it")
-    return parse_json(where, data)
+    return parse_json(where, data, nested)
 
 
 def read_index(place: Place) -> dict[str, StoredObject] | None:
@@ -97,7 +97,7 @@ def _check_format(version: Any, where: str) -> None:
 def read_card(place: Place, data: bytes) -> StoreCard:
     """The root record of a store, of what its ``zarr.json`` holds."""
     where = f"{place.url}/zarr.json"
-    record = attributes_of(bounded_json(where, data), where)
+    record = attributes_of(bounded_json(where, data, GROUP_NESTED), where)
     if not isinstance(record, dict):
         raise InputNotFound(f"{place.url}: a Zarr group, but not an hdcache store (no 'hdcache' attribute)")
     _check_format(record.get("format"), where)
@@ -208,7 +208,7 @@ class Contents:
                 self.unsealed.append(f"teachers/{name}")
                 continue
             data = read_listed(self.place, key, self.index[key])
-            record = TeacherRecord.parse(attributes_of(bounded_json(where, data), where), where)
+            record = TeacherRecord.parse(attributes_of(bounded_json(where, data, GROUP_NESTED), where), where)
             if record.name != name:
                 raise StoreCorrupt(f"{where}: the record of teacher {record.name[:80]!r}; do not use this store")
             if (record.dataset, record.views) != (self.card.dataset.fingerprint, self.card.views):
