@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hdcache.datasets import store_dataset
-from hdcache.errors import InputNotFound, StoreMismatch
+from hdcache.errors import InputNotFound, StoreMismatch, UsageError
 from hdcache.index import check_records
 from hdcache.integrity import Verification, verify
 from hdcache.loader import Loader
@@ -140,6 +140,11 @@ class OpenedStore:
 
     def verify(self, *, quick: bool = False) -> Verification:
         """Check every object against the manifests: sizes (``quick``), and sha256 otherwise."""
+        if not self.store.files.on_disk:
+            raise UsageError(
+                f"{self.store.files.where}: its objects are proven as they are read; to verify all of them, get the store: "
+                f"hdcache pull {self.store.files.where} FOLDER"
+            )
         return verify(self.store, quick=quick)
 
 

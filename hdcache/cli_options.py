@@ -100,6 +100,9 @@ def prepare(quiet: bool, verbose: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    # At the level of debugging they print what they receive, credentials included.
+    for name in ("boto3", "botocore", "s3transfer", "urllib3"):
+        logging.getLogger(name).setLevel(max(level, logging.INFO))
     from hdcache import stopping
 
     stopping.install()

@@ -158,11 +158,11 @@ def catalog(
 )
 @click.option("--port", default=8008, show_default=True, help="0: any that is free.")
 @click.option(
-    "--originals/--no-originals", default=None,
-    help="Show images from where a store says its data set lies, when it keeps none.  [default: only to this machine]",
+    "--originals", is_flag=True,
+    help="Show images from where a store says its data set lies, when it keeps none: for stores that you trust.",
 )  # fmt: skip
 @output
-def serve(as_json: bool, quiet: bool, verbose: int, root: str, host: str, port: int, originals: bool | None) -> None:
+def serve(as_json: bool, quiet: bool, verbose: int, root: str, host: str, port: int, originals: bool) -> None:
     """Serve the stores in and below ROOT over HTTP, read-only: pages to look at, files for 'hdcache pull'.
 
     Only this machine reaches it unless --host says otherwise. Ctrl-C ends it.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import filelock
+from pydantic import FailFast
 
 from hdcache.array_metadata import contained, names_in, read_json, read_record
 from hdcache.croissant import croissant_json

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
+from pydantic import AfterValidator, FailFast, Field, field_validator, model_validator
 
 from hdcache.records import MAX_VALUES, CheckedRecord, Facts, GrownRecord, Record, canonical_json, check_key
+from hdcache.stored_objects import Objects as Objects
+from hdcache.stored_objects import Reasons
+from hdcache.stored_objects import StoredObject as StoredObject
 
 FORMAT = 1
 MAX_CHANNELS = 1 << 22
@@ -276,45 +278,6 @@ class StoreCard(Record):
                 f"rows_per_shard {self.rows_per_shard} is not a multiple of rows_per_chunk {self.rows_per_chunk}"
             )
         return self
-
-
-class StoredObject(Record):
-    """Size in bytes and sha256 of one file of the store."""
-
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def _files(value: Any) -> Any:
-    # All faults of a record are collected otherwise, a kilobyte each; a hostile one has hundreds of thousands.
-    for key, entry in value.items() if isinstance(value, dict) else ():
-        check_key(str(key))
-        if not isinstance(entry, StoredObject) and not (
-            isinstance(entry, dict)
-            and entry.keys() == {"size", "sha256"}
-            and isinstance(entry["size"], int)
-            and entry["size"] >= 0
-            and isinstance(entry["sha256"], str)
-            and _SHA256.fullmatch(entry["sha256"])
-        ):
-            raise ValueError(f"not the size and sha256 of {key}")
-    return value
-
-
-def _reasons(value: Any) -> Any:
-    for row, reason in value.items() if isinstance(value, dict) else ():
-        if not isinstance(reason, str) or not (isinstance(row, int) or row.lstrip("-").isdecimal()):
-            raise ValueError(f"not the reason why row {str(row)[:40]!r} failed")
-    return value
-
-
-Objects = Annotated[dict[str, StoredObject], BeforeValidator(_files)]
-"""Files by a key that cannot leave the folder it is relative to."""
-Reasons = Annotated[dict[int, str], BeforeValidator(_reasons)]
-"""Row -> why it failed."""
 
 
 class TeacherRecord(Record):

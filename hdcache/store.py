@@ -36,7 +36,7 @@ from pydantic import Field
 from hdcache.array_metadata import contained, group_metadata, names_in, read_attributes, read_json
 from hdcache.arrays import ArrayReader, write_constant
 from hdcache.durable import durable_write, sync_folder
-from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
 from hdcache.leases import lease
 from hdcache.object_files import ObjectFiles
 from hdcache.records import NAME, Record, check_name
@@ -107,6 +107,8 @@ class Store:
         StoreCorrupt
             when its root record is malformed.
         """
+        if "://" in str(path):
+            raise UsageError(f"{path}: this needs the store in a folder; get it first: hdcache pull {path} FOLDER")
         root = Path(path).expanduser()
         if not (root / "zarr.json").is_file():
             if (root / "samples").is_dir():

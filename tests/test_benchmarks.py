@@ -347,6 +347,23 @@ def test_whatever_call_fails_is_waited_out_or_named(tmp_path: Path) -> None:
     assert sum(tally["faults"] for tally in found.values()) >= len(found) // 2
 
 
+@pytest.mark.slow
+def test_whatever_is_damaged_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
+    printed = call("faults.py", "--quick", f"--out={tmp_path}")
+    found = json.loads((tmp_path / "faults.json").read_text())
+    assert (found["wrong"], found["bugs"]) == ([], [])
+    assert len(found["injections"]) == 60 + 8 + 8
+    *kinds, whole, source, cache = found["lines"]
+    assert printed.count("\n| ") == len(found["lines"])
+    assert (whole["injections"], source["injections"], cache["injections"]) == (60, 8, 8)
+    for line in found["lines"]:
+        assert line["open"] + line["read"] + line["same"] == line["injections"]
+        assert line["wrong"] == 0
+    assert sum(line["injections"] for line in kinds) == 60
+    assert whole["full"] == 60 - sum(found["not named by verify"].values())
+    assert found["not named by verify"].keys() <= {"about.json"}
+
+
 def test_make_bench_runs_every_script_that_has_a_quick_form() -> None:
     makefile = (SCRIPTS.parent / "Makefile").read_text(encoding="utf-8")
     listed = re.findall(r"^(?:BENCHMARKS|FAULTS) := (.*)$", makefile, re.MULTILINE)

@@ -27,6 +27,7 @@ MAX_LINES = 350
 LAYERS = [
     ["errors"],
     ["draws", "host_memory", "records", "resources", "stages", "tap_names"],
+    ["stored_objects"],
     ["schema"],
     ["array_metadata", "durable"],
     ["leases", "object_files", "shards"],

@@ -150,7 +150,8 @@ def test_a_full_disk_makes_room_and_else_says_where(tmp_path: Path, monkeypatch:
     assert held(tmp_path).keys() == {new.listed.sha256}
     full[:] = [True, True]
     with pytest.raises(
-        OutOfSpace, match=r"no space for an object of 3 bytes; free some, or put the cache elsewhere \(--cache"
+        OutOfSpace,
+        match=r"no space for an object of 3 bytes; free some, or put the cache elsewhere \(HDCACHE_CACHE=DIR\)",
     ):
         read(cache, Source(b"123"))
 
@@ -190,3 +191,21 @@ def test_processes_share_a_cache(tmp_path: Path, python: Callable[..., object]) 
     started = [python(textwrap.dedent(code), tmp_path) for _ in range(3)]
     assert [process.communicate(timeout=60)[0] for process in started] == ["done\n"] * 3  # type: ignore[attr-defined]
     assert sum(map(len, held(tmp_path).values())) <= 3000
+
+
+def test_a_disk_that_garbles_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, source = ObjectCache(tmp_path, 1 << 20), Source(b"0123456789")
+    real = object_cache.durable_parts
+    monkeypatch.setattr(
+        object_cache, "durable_parts", lambda path, parts: real(path, [b"9876543210" for _ in [*parts]][:1])
+    )
+    with pytest.raises(StoreCorrupt, match="the disk gives other bytes than were written; put the cache elsewhere"):
+        cache.open(source.listed, source.parts)
+    assert source.asked == 1
+
+
+def test_what_others_fetch_counts_too(tmp_path: Path) -> None:
+    caches = [ObjectCache(tmp_path, 10_000) for _ in range(8)]
+    for number in range(400):
+        read(caches[number % 8], Source(number.to_bytes(2) * 50))
+    assert sum(map(len, held(tmp_path).values())) <= 10_000 * 1.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -333,3 +334,24 @@ def test_without_credentials_it_says_which(bucket: Cloud, monkeypatch: pytest.Mo
     monkeypatch.setenv("AWS_PROFILE", "gone")
     with pytest.raises(UsageError, match=r"AWS credentials: ProfileNotFound; check AWS_PROFILE and ~/.aws"):
         open_place(bucket.url)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://KEY:SEC/RET@bucket/x", "s3://bucket/x"),
+        ("https://user:p/w@127.0.0.1:9/x", "https://127.0.0.1:9/x"),
+        ("https://user:pa#ss@host", "https://host"),
+        ("https://user:pa?ss@host", "https://host"),
+        ("https://user@host/x", "https://host/x"),
+    ],
+)
+def test_a_secret_in_a_url_is_not_repeated(url: str, shown: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{re.escape(shown)}: give the URL without user, password") as raised:
+        open_place(url)
+    assert not {"SEC", "RET", "pa", "ss", "p/w"} & set(re.split(r"[^A-Za-z/]+", str(raised.value).split(": ")[0]))
+
+
+def test_what_is_no_url_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^http://\.\.\.: not a URL; check the host's name"):
+        open_place("http://[::1/x")

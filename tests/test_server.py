@@ -361,16 +361,17 @@ def test_a_taken_port_is_refused_with_the_way_out(server: Server, sealed_store: 
         make_server(Catalogue(sealed_store), "127.0.0.1", server.server_address[1])
 
 
-def test_originals_are_for_this_machine_alone_unless_asked_for(sealed_store: Path) -> None:
-    for host, asked, expected in (
-        ("127.0.0.1", None, True),
-        ("0.0.0.0", None, False),
-        ("0.0.0.0", True, True),
-        ("127.0.0.1", False, False),
-    ):
-        server = make_server(Catalogue(sealed_store), host, 0, originals=asked)
+def test_originals_are_shown_when_asked_for(sealed_store: Path) -> None:
+    """Where a store says its data lies, anybody can have written."""
+    for more, expected in (({}, False), ({"originals": True}, True), ({"originals": False}, False)):
+        server = make_server(Catalogue(sealed_store), "127.0.0.1", 0, **more)
         server.server_close()
         assert server.site._originals is expected
+
+
+@pytest.mark.parametrize("address", ["/store/samples/%00/zarr.json", "/%00", "/a%0ab/zarr.json"])
+def test_an_address_of_control_characters_is_answered(address: str, server: Server) -> None:
+    assert ask(server, address)[0] == 404
 
 
 def test_the_command_serves_until_it_is_told_to_stop(sealed_store: Path, python: Callable[..., object]) -> None:

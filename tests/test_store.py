@@ -328,3 +328,10 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(sealed_store: Path, mo
         with pytest.raises(PermissionError):
             look()
     assert names_in(sealed_store / "nothing") == names_in(sealed_store / "zarr.json") == []
+
+
+def test_a_url_is_no_folder() -> None:
+    with pytest.raises(
+        UsageError, match=r"s3://b/s: this needs the store in a folder; get it first: hdcache pull s3://b/s FOLDER"
+    ):
+        Store.open("s3://b/s")

@@ -156,6 +156,27 @@ def test_records_that_a_kill_cut_short_are_copied_again(sealed_store: Path, cach
     same(Store.open(sealed_store), open_store(url(sealed_store)))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "views/0/manifest.json",
+        "teachers/t/views/0/manifest.json",
+        "teachers/t",
+        "teachers/t/views/0/final/values/zarr.json",
+    ],
+)
+def test_records_that_a_cleaner_took_are_copied_again(sealed_store: Path, cache: Path, damage: str) -> None:
+    open_store(url(sealed_store))
+    (folder,) = (path for path in (cache / "stores").iterdir() if path.is_dir())
+    if (folder / damage).is_dir():
+        shutil.rmtree(folder / damage)
+    else:
+        (folder / damage).write_bytes((folder / damage).read_bytes().replace(b"0", b"1"))
+    same(Store.open(sealed_store), open_store(url(sealed_store)))
+    (folder / "teachers/t" / HELD).write_bytes(Held(taps=("final",)).canonical())
+    same(Store.open(sealed_store), open_store(url(sealed_store)))
+
+
 def test_a_place_without_a_store(tmp_path: Path) -> None:
     with pytest.raises(InputNotFound, match="no store there"):
         open_store(f"file://{tmp_path}/nothing")
@@ -281,3 +302,8 @@ def test_a_cache_size_without_a_url_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="--cache-size is for a --store at a URL; leave it out"):
         distill(small_recipe(), out=tmp_path / "x", store=tiny_store, cache_size="1GB")
+
+
+def test_a_whole_check_of_a_store_at_a_url_names_the_way(sealed_store: Path) -> None:
+    with pytest.raises(UsageError, match=r"its objects are proven as they are read; .* hdcache pull"):
+        open_api(url(sealed_store)).verify()

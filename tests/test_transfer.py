@@ -525,3 +525,19 @@ def test_what_was_copied_is_told(own: Path, tmp_path: Path) -> None:
     assert any(line.startswith("    final ") for line in lines)
     assert lines[-1] == "  left behind, not complete: teachers/u/views/1"
     assert transfer.format_copied(move(own, tmp_path / "a"), dry_run=False).startswith("copied 10")
+
+
+@pytest.mark.parametrize("name", ["index.json", "croissant.json"])
+def test_a_foreign_note_is_not_overwritten(source: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(StoreMismatch, match=name):
+        move(source, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+
+
+def test_a_bucket_that_lost_its_index_keeps_its_teachers(own: Path, bucket: str, tmp_path: Path) -> None:
+    move(own, bucket, teachers=("t",))
+    open_place(bucket).replace("index.json", lambda _: None, 1 << 20)
+    move(own, bucket, teachers=("u",))
+    assert set(move(bucket, tmp_path / "both").teachers) == {"t", "u"}

@@ -42,6 +42,7 @@ MODULES = (
     "shrinking",
     "stopping",
     "store",
+    "stored_objects",
     "stored_rows",
     "tap_names",
     "video",

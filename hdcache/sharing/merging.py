@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hdcache.array_metadata import RECORD_BYTES
 from hdcache.durable import stored_object
 from hdcache.errors import InputNotFound, OutOfSpace, StoreCorrupt, StoreMismatch
-from hdcache.index import CROISSANT, INDEX, RECORDS, is_held
+from hdcache.index import CROISSANT, RECORDS, is_held
 from hdcache.ledgers import MANIFEST, RECEIPTS
 from hdcache.progress import size
 from hdcache.records import differences
@@ -23,7 +23,7 @@ from hdcache.store import ABOUT, PIXELS, is_view
 
 SHARED = "constants and weights"
 """What a teacher's taps have together."""
-_OF_A_STORE = {"samples", "views", "teachers", "zarr.json", ABOUT, INDEX, CROISSANT}
+_OF_A_STORE = {"samples", "views", "teachers", "zarr.json", ABOUT}
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import filelock
 
 from hdcache.durable import PARTIAL, durable_parts
-from hdcache.errors import OutOfSpace
+from hdcache.errors import OutOfSpace, StoreCorrupt
 from hdcache.resources import parse_bytes
 from hdcache.schema import StoredObject
 
@@ -29,6 +29,7 @@ MOST_BYTES = 100 << 30
 """The limit where none is asked for: this, or half of what is free on the disk."""
 KEEP = 0.9
 """Share of the limit that is left when room is made: the oldest files go many at a time."""
+_TRIES = 8
 _FRESH, _ABANDONED = 60.0, 86400.0
 """Seconds after which a use is noted again; after which an unfinished file counts as left by a killed process."""
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class ObjectCache:
         self.folder, self.limit = folder, limit
         self.fetched = 0
         """Bytes that this process has fetched."""
-        self._bytes = _bytes_of(folder)
+        self._bytes, self._uncounted = _bytes_of(folder), 0
         self._proved: dict[str, tuple[int, int]] = {}
         self._used: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -76,37 +77,53 @@ class ObjectCache:
         if found is not None:
             return found
         with self._only_here(listed.sha256), self._only_process(listed.sha256):
-            found = self.peek(listed)
-            if found is not None:
-                return found
+            for _ in range(_TRIES):
+                found, altered = self._look(listed)
+                if found is None:
+                    self._fetch(listed, parts)
+                    found, altered = self._look(listed)
+                if found is not None or altered:
+                    break  # else somebody made room meanwhile, and it went
+        # Others fill the cache too: it is counted anew before they all could pass the limit by much.
+        if self._bytes > self.limit or self._uncounted > self.limit * (1 - KEEP) / 2:
+            self._make_room(int(self.limit * KEEP), unless=self.limit)
+        if found is None:
+            what = "the disk gives other bytes than were written" if altered else "objects go as fast as they come"
+            raise StoreCorrupt(
+                f"{self._path(listed)}: {what}; put the cache elsewhere (HDCACHE_CACHE=DIR), or give it more room (--cache-size)"
+            )
+        return found
+
+    def _fetch(self, listed: StoredObject, parts: Callable[[], Iterator[bytes]]) -> None:
+        try:
+            durable_parts(self._path(listed), parts())
+        except OutOfSpace:
+            log.warning("%s: the disk is full; making room", self.folder)
+            self._make_room(self._bytes // 2)
             try:
                 durable_parts(self._path(listed), parts())
-            except OutOfSpace:
-                log.warning("%s: the disk is full; making room", self.folder)
-                self._make_room(self._bytes // 2)
-                try:
-                    durable_parts(self._path(listed), parts())
-                except OutOfSpace as error:
-                    raise OutOfSpace(
-                        error.errno,
-                        f"{self.folder}: no space for an object of {listed.size:,} bytes; free some, or put the cache elsewhere "
-                        "(--cache DIR, or HDCACHE_CACHE=DIR)",
-                    ) from None
-            with self._lock:
-                self.fetched += listed.size
-                self._bytes += listed.size
-            found = self.peek(listed)
-        if self._bytes > self.limit:
-            self._make_room(int(self.limit * KEEP))
-        return found if found is not None else self.open(listed, parts)
+            except OutOfSpace as error:
+                raise OutOfSpace(
+                    error.errno,
+                    f"{self.folder}: no space for an object of {listed.size:,} bytes; free some, or put the cache elsewhere "
+                    "(HDCACHE_CACHE=DIR)",
+                ) from None
+        with self._lock:
+            self.fetched += listed.size
+            self._bytes += listed.size
+            self._uncounted += listed.size
 
     def peek(self, listed: StoredObject) -> BinaryIO | None:
         """An object that is here, open and proven; None where it is not. One that was altered is removed."""
+        return self._look(listed)[0]
+
+    def _look(self, listed: StoredObject) -> tuple[BinaryIO | None, bool]:
+        """What :meth:`peek` gives, and whether there was one that was altered."""
         path = self._path(listed)
         try:
             file = open(path, "rb", buffering=0)  # noqa: SIM115  # the caller closes it
         except OSError:
-            return None
+            return None, False
         try:
             found = os.fstat(file.fileno())
             known = found.st_ino, found.st_mtime_ns
@@ -119,7 +136,7 @@ class ObjectCache:
                     with suppress(OSError):
                         path.unlink()
                     file.close()
-                    return None
+                    return None, True
                 file.seek(0)
                 self._proved[listed.sha256] = known
             now = time.time()
@@ -130,7 +147,7 @@ class ObjectCache:
         except BaseException:
             file.close()
             raise
-        return file
+        return file, False
 
     def _path(self, listed: StoredObject) -> Path:
         return self.folder / listed.sha256[:2] / listed.sha256
@@ -143,8 +160,8 @@ class ObjectCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         return filelock.FileLock(self.folder / f".{digest[:3]}.lock")
 
-    def _make_room(self, most: int) -> None:
-        """Remove what was used longest ago until at most so many bytes are left."""
+    def _make_room(self, most: int, unless: int = 0) -> None:
+        """Remove what was used longest ago until at most ``most`` bytes are left; nothing where all are within ``unless``."""
         with self._lock, filelock.FileLock(self.folder / ".room.lock"):
             now, held = time.time(), 0
             files = []
@@ -156,12 +173,12 @@ class ObjectCache:
                 else:
                     files.append((used, size, path))
                 held += size
-            for _, size, path in sorted(files):
+            for _, size, path in sorted(files) if held > unless else ():
                 if held <= most:
                     break
                 path.unlink(missing_ok=True)
                 held -= size
-            self._bytes = held
+            self._bytes, self._uncounted = held, 0
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, float]]:

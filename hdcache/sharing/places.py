@@ -92,9 +92,15 @@ def open_place(where: str | Path, *, endpoint_url: str | None = None, anonymous:
 
 def _plain(url: str) -> Any:
     """The parts of a URL without user, password, query and fragment: they would end in logs and histories of commands."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = url.partition("://")
+    # A password may hold what ends a host's name, and is then anywhere before the last @.
+    secret = "@" in rest and re.match(r"[^/?#@]*:(?!\d+(/|$))|[^/?#]*@", rest) is not None
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise UsageError(f"{scheme}://...: not a URL; check the host's name") from None
+    if secret or parts.query or parts.fragment:
+        shown = f"{scheme}://{rest.rpartition('@')[2] if secret else parts.netloc + parts.path}"
         raise UsageError(
             f"{shown}: give the URL without user, password, query or fragment; credentials are taken from the environment "
             "and the usual files (AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME ...)"
@@ -151,7 +157,9 @@ class Cloud(Place):
             "listed", folder, lambda: self._call(lambda: self._reader.list_with_delimiter(folder or None))
         )
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        # Web consoles of buckets mark a folder by an empty object of its name.
+        names = {path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != folder.rstrip("/")}
+        return sorted(names - {""})
 
     def _must_list(self) -> None:
         if not self.listable:

@@ -60,13 +60,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make_server(catalogue: Catalogue, host: str, port: int, *, originals: bool | None = None) -> Server:
+def make_server(catalogue: Catalogue, host: str, port: int, *, originals: bool = False) -> Server:
     """A server that is bound and not yet started; port 0 takes a free one.
 
     Parameters
     ----------
     originals
-        whether pages may show images from where a store says its data set was; None: only to this machine.
+        whether pages may show images from where a store says its data set was: no seal covers what it says there.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def make_server(catalogue: Catalogue, host: str, port: int, *, originals: bool |
         when the address cannot be had.
     """
     local = is_loopback(host)
-    site = Site(catalogue, originals=local if originals is None else originals)
+    site = Site(catalogue, originals=originals)
     try:
         return Server(host, port, site, local)
     except (OSError, OverflowError) as error:
@@ -150,8 +150,8 @@ class Handler(BaseHTTPRequestHandler):
         if (fault := self._host_fault(host)) is not None:
             self._fail(*fault)
             return
-        address = urlsplit(self.path)
         try:
+            address = urlsplit(self.path)
             path = unquote(address.path, errors="strict").removeprefix("/")
             query = dict(parse_qsl(address.query, max_num_fields=20))
         except ValueError:
@@ -188,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
     def _open(self, path: str) -> BinaryIO | None:
         """The file of a store at a path; None where there is none."""
         catalogue, parts = self.server.site.catalogue, path.split("/")
-        if not _FILE.fullmatch(parts[-1]):
+        if not _FILE.fullmatch(parts[-1]) or not path.isprintable():
             return None
         for depth in range(min(len(parts), DEPTH + 1)):
             inner = parts[depth:]

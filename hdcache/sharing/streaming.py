@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import filelock
 
-from hdcache.array_metadata import parse_json
-from hdcache.durable import durable_write
+from hdcache.array_metadata import parse_json, read_json, read_record
+from hdcache.durable import durable_write, stored_object
 from hdcache.errors import StoreCorrupt
-from hdcache.index import HELD, Held
+from hdcache.index import CROISSANT, HELD, Held, Index
 from hdcache.object_files import ObjectFiles
 from hdcache.progress import size
 from hdcache.records import canonical_json
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PARALLEL, AHEAD = 8, 32
 """Requests at a time; objects that are fetched before anybody waits for them."""
-_NOTE_BYTES = 1 << 20
+_NOTE_BYTES, _COPIED = 1 << 20, "copied.json"
 _FORGOTTEN = 30 * 86400
 """Seconds after which the records of a store that nobody has opened are removed."""
 log = logging.getLogger(__name__)
@@ -88,22 +88,42 @@ def copy_records(contents: Contents, folder: Path) -> Path:
     path = folder / f"{name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / f".{name}-{digest}.lock"):
-        if not (path / "zarr.json").is_file():
+        if not _is_whole(contents, path, held):
             _forget(folder)
             shutil.rmtree(path, ignore_errors=True)
-            _copy(contents, path)
+            copied = _copy(contents, path)
             for key in (ABOUT, *(f"teachers/{teacher}/{ABOUT}" for teacher in contents.teachers)):
                 _note(place, key, path)
             for teacher, names in held.items():
                 durable_write(path / "teachers" / teacher / HELD, Held(taps=tuple(names)).canonical())
+            durable_write(path / _COPIED, Index(objects=copied).checked())
             root = read_listed(place, "zarr.json", contents.index["zarr.json"])
             durable_write(path / "zarr.json", root)  # last: it is complete
         (path / "zarr.json").touch()
     return path
 
 
-def _copy(contents: Contents, path: Path) -> None:
-    wanted = {key: entry for key, entry in contents.index.items() if "/receipts/" not in key and key != "zarr.json"}
+def _records(contents: Contents) -> dict[str, StoredObject]:
+    """Records that the index lists and a reader needs."""
+    return {key: entry for key, entry in contents.index.items() if "/receipts/" not in key and key != CROISSANT}
+
+
+def _is_whole(contents: Contents, path: Path, held: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the records of an earlier time are all there and as they were copied: somebody may have cleared a cache."""
+    expected = _records(contents)
+    try:
+        copied = Index.parse(read_json(path / _COPIED), path / _COPIED).objects | expected
+        notes = {
+            note.parent.name: list(Held.parse(read_json(note), note).taps) for note in path.glob(f"teachers/*/{HELD}")
+        }
+        return notes == held and all(stored_object(read_record(path / key)) == entry for key, entry in copied.items())
+    except StoreCorrupt:
+        return False
+
+
+def _copy(contents: Contents, path: Path) -> dict[str, StoredObject]:
+    """Copy all records but the root's; what they are."""
+    wanted = {key: entry for key, entry in _records(contents).items() if key != "zarr.json"}
     wanted |= {key: entry for key, entry in contents.samples.items() if key.endswith("/zarr.json")}
     ledgers = [PIXELS] * contents.pixels + [f"views/{view}" for view in contents.views()]
     ledgers += [f"teachers/{name}/views/{view}" for name in contents.teachers for view in contents.views(name)]
@@ -118,6 +138,7 @@ def _copy(contents: Contents, path: Path) -> None:
 
         for _ in pool.map(fetch, sorted(wanted)):
             pass
+    return dict(sorted(wanted.items()))
 
 
 def _note(place: Place, key: str, path: Path) -> None:
@@ -199,14 +220,14 @@ class _Ahead:
 
 def warn_of_small_cache(stored: Iterable[StoredTargets], view: int) -> None:
     """Say so where an epoch's objects do not fit into the cache: they are then fetched again and again."""
+    needed, files = 0, None
     for target in stored:
-        files, objects = target.reader.store.files, target.reader.manifest(view).objects
-        if not isinstance(files, StreamedFiles):
-            return
+        objects = target.reader.manifest(view).objects
         keys = tuple(f"teachers/{target.name}/views/{view}/{key}/" for key in target.arrays)
-        needed = sum(entry.size for key, entry in objects.items() if key.startswith(keys))
-        if needed > files.cache.limit:
-            log.warning(
-                "an epoch reads %s of %s, and the cache may hold %s: objects are fetched several times in each epoch; raise "
-                "--cache-size, or copy the store with 'hdcache pull'", size(needed), files.where, size(files.cache.limit),
-            )  # fmt: skip
+        needed += sum(entry.size for key, entry in objects.items() if key.startswith(keys))
+        files = target.reader.store.files
+    if isinstance(files, StreamedFiles) and needed > files.cache.limit:
+        log.warning(
+            "an epoch reads %s of %s, and the cache may hold %s: objects are fetched several times in each epoch; raise "
+            "--cache-size, or copy the store with 'hdcache pull'", size(needed), files.where, size(files.cache.limit),
+        )  # fmt: skip

@@ -244,12 +244,12 @@ class _Copy:
         self._target.replace(INDEX, lambda old: self._merged_index(old, new), RECORD_BYTES)
 
     def _merged_index(self, old: bytes | None, new: dict[str, StoredObject]) -> bytes:
-        before: Mapping[str, StoredObject] = {}
-        if old is not None:
-            try:
-                before = read_index(self._target) or {}
-            except StoreCorrupt:
-                before = listed_index(self._target)  # it is derived
+        try:
+            known = None if old is None else read_index(self._target)
+        except StoreCorrupt:
+            known = None
+        # It is derived: where it is lost, or was never written, the listing says what is sealed.
+        before = listed_index(self._target) if known is None else known
         merged = {key: entry for key, entry in {**before, **new}.items() if key != CROISSANT}
         if described := self._described(merged):
             merged[CROISSANT] = stored_object(described)
