@@ -29,7 +29,6 @@ MOST_BYTES = 100 << 30
 """The limit where none is asked for: this, or half of what is free on the disk."""
 KEEP = 0.9
 """Share of the limit that is left when room is made: the oldest files go many at a time."""
-_TRIES = 8
 _FRESH, _ABANDONED = 60.0, 86400.0
 """Seconds after which a use is noted again; after which an unfinished file counts as left by a killed process."""
 log = logging.getLogger(__name__)
@@ -77,53 +76,52 @@ class ObjectCache:
         if found is not None:
             return found
         with self._only_here(listed.sha256), self._only_process(listed.sha256):
-            for _ in range(_TRIES):
-                found, altered = self._look(listed)
-                if found is None:
-                    self._fetch(listed, parts)
-                    found, altered = self._look(listed)
-                if found is not None or altered:
-                    break  # else somebody made room meanwhile, and it went
+            found = self.peek(listed)
+            if found is None:
+                found = self._fetch(listed, parts)
         # Others fill the cache too: it is counted anew before they all could pass the limit by much.
         if self._bytes > self.limit or self._uncounted > self.limit * (1 - KEEP) / 2:
             self._make_room(int(self.limit * KEEP), unless=self.limit)
-        if found is None:
-            what = "the disk gives other bytes than were written" if altered else "objects go as fast as they come"
-            raise StoreCorrupt(
-                f"{self._path(listed)}: {what}; put the cache elsewhere (HDCACHE_CACHE=DIR), or give it more room (--cache-size)"
-            )
         return found
 
-    def _fetch(self, listed: StoredObject, parts: Callable[[], Iterator[bytes]]) -> None:
+    def _fetch(self, listed: StoredObject, parts: Callable[[], Iterator[bytes]]) -> BinaryIO:
+        """Fetch an object, and open it before it has a name that somebody who makes room could remove."""
+        path = self._path(listed)
+        own = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new{PARTIAL}")
         try:
-            durable_parts(self._path(listed), parts())
+            durable_parts(own, parts())
         except OutOfSpace:
             log.warning("%s: the disk is full; making room", self.folder)
             self._make_room(self._bytes // 2)
             try:
-                durable_parts(self._path(listed), parts())
+                durable_parts(own, parts())
             except OutOfSpace as error:
                 raise OutOfSpace(
                     error.errno,
                     f"{self.folder}: no space for an object of {listed.size:,} bytes; free some, or put the cache elsewhere "
                     "(HDCACHE_CACHE=DIR)",
                 ) from None
+        found = self._look(own, listed)
+        if found is None:
+            raise StoreCorrupt(
+                f"{path}: the disk gives other bytes than were written; put the cache elsewhere (HDCACHE_CACHE=DIR)"
+            )
+        os.replace(own, path)
         with self._lock:
             self.fetched += listed.size
             self._bytes += listed.size
             self._uncounted += listed.size
+        return found
 
     def peek(self, listed: StoredObject) -> BinaryIO | None:
         """An object that is here, open and proven; None where it is not. One that was altered is removed."""
-        return self._look(listed)[0]
+        return self._look(self._path(listed), listed)
 
-    def _look(self, listed: StoredObject) -> tuple[BinaryIO | None, bool]:
-        """What :meth:`peek` gives, and whether there was one that was altered."""
-        path = self._path(listed)
+    def _look(self, path: Path, listed: StoredObject) -> BinaryIO | None:
         try:
             file = open(path, "rb", buffering=0)  # noqa: SIM115  # the caller closes it
         except OSError:
-            return None, False
+            return None
         try:
             found = os.fstat(file.fileno())
             known = found.st_ino, found.st_mtime_ns
@@ -136,7 +134,7 @@ class ObjectCache:
                     with suppress(OSError):
                         path.unlink()
                     file.close()
-                    return None, True
+                    return None
                 file.seek(0)
                 self._proved[listed.sha256] = known
             now = time.time()
@@ -147,7 +145,7 @@ class ObjectCache:
         except BaseException:
             file.close()
             raise
-        return file, False
+        return file
 
     def _path(self, listed: StoredObject) -> Path:
         return self.folder / listed.sha256[:2] / listed.sha256
