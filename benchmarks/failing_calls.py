@@ -6,8 +6,8 @@
 The system fails with ENOSPC, EIO, EACCES or ETIMEDOUT (which, goes round with N and --seed), once or from the N-th call on, or
 reads and writes half of what it was asked for. The web server answers the N-th request, or all from it on, with 404, 403, 429, 500, 503, a web page, half of the body, the
 whole of it where a part was asked for, late, or by cutting the connection. A command must then succeed, with the right result,
-or say what is wrong in one line with an exit code of its own; what is sealed must be good at every moment; and the same
-command without faults must end in the same bytes, with nothing else but unfinished files that ``hdcache gc`` removes.
+or say what is wrong in one line with an exit code of its own; what is sealed must be good at every moment, and what verify and
+info print what it was without the fault, but for the notes of about.json; and the same command without faults must end in the same bytes, with nothing else but unfinished files that ``hdcache gc`` removes.
 
 Prints two tables and writes DIR/failing_calls.json; exit 1 where anything came out otherwise.
 """
@@ -34,7 +34,9 @@ from failing_operations import Operation, make_operations
 from failing_system import ERRORS, SHORT
 
 from hdcache import arrays, cli, draws
+from hdcache.index import CROISSANT
 from hdcache.integrity import verify
+from hdcache.ledgers import INDEX
 from hdcache.leftovers import collect
 from hdcache.sharing import objects
 from hdcache.store import ABOUT, Store
@@ -56,6 +58,8 @@ class Outcome:
     said: str
     trouble: str = ""
     """What of that must not be."""
+    printed: str = ""
+    """On stdout."""
 
 
 @dataclass
@@ -85,7 +89,17 @@ def run(operation: Operation, work: Path) -> Outcome:
     lines = [line for line in said.splitlines() if line.startswith("hdcache: ")]
     if code and (code not in EXIT_CODES or len(lines) != 1 or "Traceback" in said):
         return Outcome(code, said, f"exit code {code}, and on stderr: {said[-1000:]!r}")
-    return Outcome(code, said)
+    return Outcome(code, said, printed=out.getvalue())
+
+
+def answer(printed: str) -> Any:
+    """What a command has printed as JSON, without the notes of ``about.json``: where data and weights were, and what wrote the store."""
+    found = json.loads(printed)
+    found.pop("written_with", None)
+    found.get("dataset", {}).pop("spec", None)
+    for teacher in found.get("teachers", {}).values():
+        teacher.pop("source", None)
+    return found
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -103,6 +117,13 @@ def faults(root: Path) -> list[str]:
     return verify(Store.open(root)).faults if (root / "zarr.json").is_file() else []
 
 
+def harm(root: Path, before: Mapping[str, bytes], wanted: Mapping[str, bytes]) -> list[str]:
+    """What was right in a damaged store and is not any more; what is derived of the rest may be withdrawn while that is mended."""
+    there = snapshot(root)
+    kept = {key for key, data in before.items() if wanted.get(key) == data} - {INDEX, CROISSANT}
+    return [f"{key} was right before" for key in sorted(kept) if there.get(key) != wanted[key]]
+
+
 def leave_room(root: Path) -> bool:
     """Collect what is left over; whether there was anything."""
     if not (root / "zarr.json").is_file():
@@ -111,6 +132,17 @@ def leave_room(root: Path) -> bool:
     if found.busy:
         raise RuntimeError(f"a lease is held: {found.busy}")
     return bool(found.partial)
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What an operation does without a fault."""
+
+    before: dict[str, bytes]
+    after: dict[str, bytes]
+    answer: Any
+    """What it prints, where that is the point of it."""
+    calls: int
 
 
 class Campaign:
@@ -127,22 +159,24 @@ class Campaign:
         operation.prepare(root)
         return root
 
-    def undisturbed(self, operation: Operation) -> tuple[dict[str, bytes], int]:
-        """What an undisturbed run ends in, and how many calls it makes."""
+    def undisturbed(self, operation: Operation) -> Undisturbed:
+        """What an undisturbed run begins with, ends in and prints, and how many calls it makes."""
         root = self._fresh(operation)
+        before = snapshot(root / "s")
         with operation.failing(root) as failing:
             done = run(operation, root)
         if done.code:
             raise SystemExit(f"{operation.name}: {done.said}{done.trouble}")
-        return snapshot(root / "s"), failing.count
+        answered = answer(done.printed) if operation.answers else None
+        return Undisturbed(before, snapshot(root / "s"), answered, failing.count)
 
     def inject(self, operation: Operation, kinds: Sequence[str], *, lasting: bool) -> None:
         """One run for every N, with the kinds of fault in turn, until one ends before its N-th call; or for some of them."""
-        wanted, calls = self.undisturbed(operation)
+        wanted = self.undisturbed(operation)
         name = f"{kinds[0] if len(kinds) == 1 else 'an error'} {'from then on' if lasting else 'once'}"
-        tally = self.found[operation.name, name] = Tally(calls)
+        tally = self.found[operation.name, name] = Tally(wanted.calls)
         share = self.share / LASTING if lasting else self.share
-        drawn = draws.uniform(calls, self.seed, operation.name, name)
+        drawn = draws.uniform(wanted.calls, self.seed, operation.name, name)
         some = [1 + int(number) for number in (drawn <= max(share, drawn.min())).nonzero()[0]]
         for number in range(1, MOST) if share >= 1 else some:
             kind = kinds[(number + self.seed) % len(kinds)]
@@ -154,21 +188,27 @@ class Campaign:
             self._judge(operation, kind, lasting, f"{kind} at {number} ({failing.failed})", root, done, wanted, tally)
 
     def _judge(
-        self, operation: Operation, kind: str, lasting: bool, at: str, root: Path, done: Outcome, wanted: dict[str, bytes],
-        tally: Tally,
+        self, operation: Operation, kind: str, lasting: bool, at: str, root: Path, done: Outcome,
+        undisturbed: Undisturbed, tally: Tally,
     ) -> None:  # fmt: skip
+        wanted = undisturbed.after
         tally.faults += 1
         said = [done.trouble] if done.trouble else []
         if done.code == 0:
             tally.succeeded += 1
             if (there := snapshot(root / "s")) != wanted and there != _without_notes(wanted, kind):
                 said.append("it says that all went well, and that is not so")
+            if operation.answers and (printed := answer(done.printed)) != undisturbed.answer:
+                apart = [key for key in printed if printed[key] != undisturbed.answer.get(key)]
+                said.append(f"it prints something else: {apart}: {str({key: printed[key] for key in apart})[:300]}")
         elif not lasting and kind in WAITED_OUT:
             said.append(f"it gave up: {done.said[-300:]}")
         else:
             tally.codes[done.code] += 1
         if operation.good:
             said += [f"afterwards: {fault}" for fault in faults(root / "s")]
+        else:
+            said += [f"afterwards: {what}" for what in harm(root / "s", undisturbed.before, wanted)]
         again = run(operation, root)
         if again.code:
             said.append(f"without faults, again: {again.said[-300:]}{again.trouble}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from hdcache.extract.packing import pack
 from hdcache.extract.writer import Row, ViewWriter
 from hdcache.geometry import read_geometry
 from hdcache.index import write_index
+from hdcache.ledgers import Ledger
 from hdcache.packed import pixels_ledger
 from hdcache.schema import StoreCard, ViewSpec
 from hdcache.sharing.folder import Folder
@@ -40,6 +42,16 @@ from small_store import IDS, ROWS, SHARD, make_tap, store_card, write_record, wr
 from travelling import FaultyServer, web_server, write_travelling
 
 IMAGES, SIDE = 12, 16
+TEACHER = "random:vit_tiny_patch16_224?img_size=16&patch_size=8&depth=1&embed_dim=24&num_heads=3"
+EXTRACT = (
+    "--tap=final",
+    "--tap=block1.attn_in",
+    "--num-views=1",
+    "--rows-per-shard=8",
+    "--batch=8",
+    "--precision=fp32",
+)
+WORK = ("--device=cpu", "--threads=1")
 
 
 class FailingServer(FaultyServer):
@@ -81,7 +93,9 @@ class Operation:
     prepare: Callable[[Path], None]
     """Makes what is there before."""
     good: bool = True
-    """Whether what is there before is good, so that what is there after a fault must be."""
+    """Whether what is there before is good, so that what is there after a fault must be. Otherwise what was good in it must be."""
+    answers: bool = False
+    """Whether what it prints is the point of it, as JSON: then it must be the same after a fault, or an error."""
     web: FailingServer | None = None
     """The server that fails; None: the file system does, for all that is in the folder of a run."""
 
@@ -171,7 +185,11 @@ def _pack(root: Path) -> None:
 
 
 def _make_stores(folder: Path) -> None:
-    """``sealed``: small, one view; ``torn``: a second view, two of whose rows have failed; ``both``: a larger one; ``images``."""
+    """Stores to begin with, some with the images beside them.
+
+    ``sealed``: small, one view; ``torn``: a second view, two of whose rows have failed; ``both``: a larger one; ``kept``: samples alone;
+    ``extracted``: by a teacher that can run again.
+    """
     folder.mkdir(parents=True)
     write_sealed(folder / "sealed")
     write_index(Store.open(folder / "sealed"))
@@ -185,7 +203,21 @@ def _make_stores(folder: Path) -> None:
         Image.fromarray(picture).save(path)
     data = open_dataset(f"folder:{folder / 'kept/images'}")
     card = StoreCard(dataset=data.card, views=ViewSpec(seed=3), rows_per_shard=8, rows_per_chunk=8)
+    shutil.copytree(folder / "kept/images", folder / "extracted/images")
     Store.create(folder / "kept/s", card, data.ids, data.labels)
+    made = [
+        "extract",
+        f"folder:{folder / 'extracted/images'}",
+        f"--store={folder / 'extracted/s'}",
+        f"--teacher=t={TEACHER}",
+    ]
+    with (
+        suppress(SystemExit),
+        redirect_stdout(io.StringIO()),
+    ):  # how a command ends that succeeds, too: what it wrote is looked at below
+        cli.main([*made, *EXTRACT, *WORK, "--quiet", "--pixels=source"])
+    if not Ledger(folder / "extracted/s", "teachers/t/views/0").sealed:
+        raise RuntimeError("the store to repair cannot be made")
 
 
 def _copied(stores: Path, name: str, *more: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -208,6 +240,25 @@ def _damage(root: Path) -> None:
     (root / "s/samples/label/c.0").write_bytes(b"")
 
 
+def _damage_all(root: Path) -> None:
+    """Rows, constants, geometry, a kept sample, labels, metadata, a receipt, a seal, the index."""
+    for key in (
+        "teachers/t/views/0/final/codes/c.1.0.0",
+        "teachers/t/encodings/final/mean/c.0",
+        "views/0/geometry/c.0.0",
+    ):
+        path = root / "s" / key
+        path.write_bytes(bytes(path.stat().st_size))
+    for key in ("samples/pixels/bytes/1/c.0", "samples/label/c.0", "index.json", "croissant.json"):
+        (root / "s" / key).write_bytes(b"")
+    for key in (
+        "teachers/t/views/0/receipts/0.json",
+        "teachers/t/views/0/final/codes/zarr.json",
+        "views/0/manifest.json",
+    ):
+        (root / "s" / key).unlink()
+
+
 def _leave(root: Path) -> None:
     (root / "s/views/0/.c.0.0.7-1.partial").write_bytes(b"x")
     (root / "s/teachers/t/.zarr.json.7-1.partial").write_bytes(b"x")
@@ -225,7 +276,7 @@ def make_operations(stores: Path, stack: ExitStack) -> list[Operation]:
     )
 
     def path(*words: str) -> Callable[[Path], list[str]]:
-        return lambda root: [word.format(root / "s") for word in (*words, "--quiet")]
+        return lambda root: [word.format(root / "s", root / "images") for word in (*words, "--quiet")]
 
     start = partial(_copied, stores)
     return [
@@ -233,13 +284,16 @@ def make_operations(stores: Path, stack: ExitStack) -> list[Operation]:
         Operation("write and seal a view", _command("failing-write", _write), start("sealed")),
         Operation("write failed rows again", _command("failing-again", _write), start("torn")),
         Operation("keep samples", _command("failing-pack", _pack), start("kept")),
-        Operation("verify", path("verify", "{}"), start("sealed")),
-        Operation("verify --quick", path("verify", "--quick", "{}"), start("sealed")),
-        Operation("info", path("info", "{}"), start("sealed")),
+        Operation("verify", path("verify", "{}", "--json"), start("sealed"), answers=True),
+        Operation("verify --quick", path("verify", "--quick", "{}", "--json"), start("sealed"), answers=True),
+        Operation("info", path("info", "{}", "--json"), start("sealed"), answers=True),
         Operation("read all rows", read, start("sealed")),
         Operation("push to a folder", path("push", str(sealed), "{}"), start("")),
         Operation("pull a tap more", path("pull", whole, "{}"), start("", partial(_pull_a_tap, whole))),
         Operation("repair --from COPY", path("repair", "{}", f"--from={sealed}"), start("sealed", _damage), good=False),
+        Operation(
+            "repair", path("repair", "{0}", "--data=folder:{1}", *WORK), start("extracted", _damage_all), good=False
+        ),
         Operation("gc", path("gc", "{}"), start("sealed", _leave)),
         Operation("pull from a web server", path("pull", server.url, "{}"), start(""), web=server),
         Operation("read through a cache", stream, start("sealed"), web=source),

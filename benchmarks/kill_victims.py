@@ -24,7 +24,9 @@ from forked import answer, command, ended, fork
 
 from hdcache import draws
 from hdcache.cli import main
+from hdcache.ledgers import RECEIPTS
 from hdcache.sharing import places
+from hdcache.store import ABOUT
 
 TEACHER = "random:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=3&embed_dim=48&num_heads=3"
 IMAGES, SIDE = 40, 40
@@ -54,6 +56,8 @@ class Victim:
     """Calls that count beside those of the system."""
     settle: Callable[[Path], None] = lambda work: None
     """Brings the result to ``s`` from where the command has put it."""
+    damaged: bool = False
+    """Whether what is there before is damaged: then what was good must stay so, and the rest is the command's to mend."""
 
     def prepare(self, work: Path, stores: Path) -> None:
         """Make the folder of a round."""
@@ -64,7 +68,11 @@ class Victim:
 
 
 def make_stores(folder: Path) -> None:
-    """``first``: teacher t, two views, the samples kept; ``unsealed``: the same without its last seals; ``both``: and teacher u."""
+    """Stores to begin with, and to end with.
+
+    ``first``: teacher t, two views, the samples kept; ``unsealed``: the same without its last seals; ``both``: and teacher u; ``damaged``:
+    the same with damage of all kinds; ``ruined``: the same without whole folders; ``littered``: with what killed processes have left, and strange files.
+    """
     folder.mkdir(parents=True)
     coarse = (draws.uniform(IMAGES * 4 * 4 * 3, "kills") * 256).astype(np.uint8).reshape(IMAGES, 4, 4, 3)
     grid = np.ix_(np.arange(IMAGES), np.arange(SIDE) * 4 // SIDE, np.arange(SIDE + 4) * 4 // (SIDE + 4))
@@ -78,6 +86,37 @@ def make_stores(folder: Path) -> None:
     shutil.copytree(folder / "first", folder / "unsealed")
     for key in ("index.json", "croissant.json", "views/1/manifest.json", "teachers/t/views/1/manifest.json"):
         (folder / "unsealed" / key).unlink()
+    for name in ("damaged", "ruined", "littered"):
+        shutil.copytree(folder / "both", folder / name)
+    _damage(folder / "damaged")
+    for key in ("teachers/t/views/1", "teachers/u", "views/0", "samples/pixels"):
+        shutil.rmtree(folder / "ruined" / key)
+    shutil.copytree(
+        folder / "both/teachers/u", folder / "ruined/teachers/u", ignore=lambda _, names: {*names} - {ABOUT}
+    )
+    _litter(folder / "littered")
+
+
+def _damage(root: Path) -> None:
+    """Rows, constants, geometry, kept samples, metadata, a receipt, seals and the index, by zeros, cuts and deletion."""
+    for key in ("teachers/u/views/1/manifest.json", "teachers/t/views/0/receipts/3.json", "croissant.json"):
+        (root / key).unlink()
+    for key in (
+        "teachers/t/views/0/final/codes/c.1.0.0", "teachers/u/views/0/pooled/values/c.4.0",
+        "teachers/t/encodings/final/mean/c.0", "views/1/geometry/c.2.0", "samples/pixels/bytes/3/c.0", "samples/label/c.0",
+    ):  # fmt: skip
+        path = root / key
+        path.write_bytes(bytes(path.stat().st_size))
+    for key in ("teachers/u/views/1/final/values/zarr.json", "views/0/manifest.json", "index.json"):
+        path = root / key
+        path.write_bytes(path.read_bytes()[:-9])
+
+
+def _litter(root: Path) -> None:
+    for number, folder in enumerate(sorted(path for path in root.rglob("*") if path.is_dir())):
+        (folder / f".c.{number}.0.7-{number}.partial").write_bytes(b"x" * number)
+        if number % 3 == 0 and folder.name != RECEIPTS:
+            (folder / f"c.{number}.77.0").write_bytes(b"x")
 
 
 def _first(folder: Path, work: Path, *more: str) -> list[str]:
@@ -86,6 +125,10 @@ def _first(folder: Path, work: Path, *more: str) -> list[str]:
 
 def _second(folder: Path, work: Path) -> list[str]:
     return ["extract", f"--store={work / 's'}", *SECOND]
+
+
+def _repair(folder: Path, work: Path) -> list[str]:
+    return ["repair", str(work / "s"), f"--data=npz:{folder / 'data.npz'}", "--device=cpu", "--threads=2"]
 
 
 class Services:
@@ -229,6 +272,18 @@ def make_victims(stores: Path, services: Services, *, quick: bool) -> list[tuple
         (Victim("sealer", first, "first", start="unsealed"), 10),
         (Victim("push to a folder", lambda work: ["push", both, str(work / "s")], "both"), 8),
         (Victim("pull from a folder", lambda work: ["pull", both, str(work / "s")], "both"), 8),
+        (Victim("repair", partial(_repair, stores), "both", start="damaged", damaged=True), 12),
+        (
+            Victim(
+                "repair --from",
+                lambda work: [*_repair(stores, work), f"--from={both}"],
+                "both",
+                start="ruined",
+                damaged=True,
+            ),
+            8,
+        ),
+        (Victim("gc --unlisted", lambda work: ["gc", "--unlisted", str(work / "s")], "both", start="littered"), 4),
     ]
     if quick:
         return found

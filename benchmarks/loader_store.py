@@ -14,7 +14,7 @@ from hdcache.datasets import open_dataset
 from hdcache.durable import durable_write
 from hdcache.encodings import Encoder, fit, request
 from hdcache.extract.writer import tap_writer
-from hdcache.integrity import Ledger, teacher_ledger, view_ledger
+from hdcache.ledgers import Ledger, teacher_ledger, view_ledger
 from hdcache.order import epoch_order
 from hdcache.runs import RUN_ROWS
 from hdcache.schema import ArrayCard, Preprocessing, Receipt, StoreCard, StoredObject, TeacherCard, TeacherRecord

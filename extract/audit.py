@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hdcache.datasets import Dataset
 from hdcache.errors import InputNotFound, StoreMismatch, UsageError
-from hdcache.extract.agreement import Sample, judged
-from hdcache.extract.checked_rows import RowPlace, asked_teachers, draw_rows, images_of, open_rows
+from hdcache.extract.agreement import Sample, chance_to_find, codes_apart, judged, percent
+from hdcache.extract.checked_rows import RowPlace, asked_teachers, check_asked, draw_rows, images_of, open_rows
 from hdcache.extract.rows import shard_rows
 from hdcache.progress import Progress, counted
 from hdcache.reader import TeacherReader
@@ -30,6 +31,8 @@ from hdcache.teachers import Teacher, batches, choose_device, reload_teacher
 
 LEAST = 8
 """Rows of a sample: the spread of fewer says nothing."""
+FAULTY = 0.05
+"""Share of faulty rows for which the chance to find one is said."""
 PREFIX = " prefix"
 """Behind the name of a tap: its class and register tokens, which are compared by themselves."""
 
@@ -40,7 +43,7 @@ def audit(
     *,
     teachers: Sequence[str] = (),
     min_cosine: float | None = None,
-    data: str | None = None,
+    data: Dataset | str | None = None,
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -53,33 +56,32 @@ def audit(
     teachers
         ``NAME``, or ``NAME=MODEL`` where its weights have moved; by default all.
     min_cosine
-        smallest cosine to allow in any tap, in place of what the certificates say.
+        smallest cosine to allow in any tap, in place of what the certificates say of it; other bounds stay.
     data
         the data set, if it has moved and the store does not keep its samples.
 
     Returns
     -------
     dict
-        ``teachers``: name -> ``rows``, ``views``, ``shards``, ``taps`` (per tap ``cosine``: min, p1, median, mean over vectors;
-        ``relative_error``: all, and median, p99, max of rows; ``certificate``; ``limits``; ``good``). ``faults``: one line each.
+        ``teachers``: name -> ``rows``, ``of`` (rows that it could be), ``finds`` (``faulty`` rows -> ``probability`` that at
+        least one of them was among them), ``views``, ``shards``, ``taps`` (per tap ``cosine``: min, p1, median, mean over
+        vectors; ``relative_error``: all, and median, p99, max of rows; ``certificate``; ``codes``: shares of those ``equal``,
+        ``one_apart``, ``further_apart``; ``moved``: mean and max of rows; ``scale``: ``factor`` of live on stored values, ``least``,
+        ``largest``, ``standard_error``; ``shifted_channels``; ``limits``; ``good``). ``faults``: one line each.
 
     Raises
     ------
     UsageError
-        for a sample too small, or a cosine that is none.
+        for a sample too small, a cosine, a device or threads that are none.
     InputNotFound
         when images or weights are not where they were.
     StoreMismatch
         when the images, or the network's weights and settings, are not those that the store was made with; fields that differ.
     """
-    if rows < min(LEAST, store.card.dataset.count):
-        raise UsageError(
-            f"--live {rows}: the spread of fewer than {LEAST} rows says nothing; ask for {LEAST} or more, 256 say"
-        )
-    if min_cosine is not None and not -1 <= min_cosine <= 1:
-        raise UsageError(f"min_cosine {min_cosine} must lie between -1 and 1")
-    where, asked = choose_device(device), asked_teachers(store, teachers)
-    dataset = images_of(store, data)
+    where = check_audit(store, rows, min_cosine, device)
+    opened = check_asked(store, rows, teachers, data, threads)
+    asked = asked_teachers(store, teachers)
+    dataset = images_of(store, data if isinstance(data, str) else None) if opened is None else opened
     found: dict[str, Any] = {"seed": seed, "teachers": {}, "faults": []}
     for name, spec in asked.items():
         reader = TeacherReader(store, name)
@@ -104,18 +106,30 @@ def audit(
             )
             if what:
                 advice = _again(reader) if few else _elsewhere(reader)
-                if min_cosine is not None:
+                if min_cosine is not None and taps[kind]["cosine"]["min"] < min_cosine and "cosine" in what:
                     advice = f"the birth certificate says {card.certificate.cosine_min:.6g}: allow that, or {_other_name(reader)}"
                 faults.append(f"teacher {name}, tap {kind}: {what}; {advice}")
         size = store.card.rows_per_shard
         found["teachers"][name] = {
             "rows": len(places),
+            **_share(len(places), sum(store.card.dataset.count - len(each.failed) for each in manifests.values())),
             "views": sorted({place.view for place in places}),
             "shards": len({(place.view, place.row // size) for place in places}),
             "taps": taps,
         }
         found["faults"] += faults
     return found
+
+
+def check_audit(store: Store, rows: int, min_cosine: float | None, device: str) -> torch.device:
+    """The device; :class:`UsageError` for settings of :func:`audit` alone that cannot be meant."""
+    if rows < min(LEAST, store.card.dataset.count):
+        raise UsageError(
+            f"--live {rows}: the spread of fewer than {LEAST} rows says nothing; ask for {LEAST} or more, 256 say"
+        )
+    if min_cosine is not None and not -1 <= min_cosine <= 1:
+        raise UsageError(f"min_cosine {min_cosine} must lie between -1 and 1")
+    return choose_device(device)
 
 
 def live_teacher(reader: TeacherReader, spec: str | None, device: torch.device) -> Teacher:
@@ -128,7 +142,9 @@ def live_teacher(reader: TeacherReader, spec: str | None, device: torch.device) 
         )
     try:
         return reload_teacher(reader.record, source, device)
-    except InputNotFound as error:
+    except (InputNotFound, UsageError) as error:
+        if spec is not None and isinstance(error, UsageError):
+            raise
         raise InputNotFound(
             f"teacher {reader.name}: {error}; if its weights have moved, name them: --teacher {reader.name}=MODEL"
         ) from None
@@ -156,10 +172,10 @@ def _measure(
         pixels = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
         live = teacher.forward(pixels, list(reader.record.taps), visible)
         for tap, exact in live.items():
-            for kind, one, other in _parts(reader, tap, exact, _stored(reader, tap, batch)):
+            for kind, step, (now, copy, again), apart in _compared(reader, tap, exact, batch):
                 sample = samples.setdefault(kind, Sample())
-                for place, a, b in zip(batch, one, other, strict=True):
-                    sample.add(place, a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+                for i, place in enumerate(batch):
+                    sample.add(place, now[i], copy[i], again[i], apart[i], step)
         bar.advance(len(batch))
     return samples, faults
 
@@ -172,27 +188,43 @@ def _batches(places: Sequence[RowPlace], size: int) -> Iterator[tuple[int, Seque
             yield view, own[span]
 
 
-def _stored(reader: TeacherReader, tap: str, batch: Sequence[RowPlace]) -> Tokens | Tensor:
+def _compared(
+    reader: TeacherReader, tap: str, exact: Tokens | Tensor, batch: Sequence[RowPlace]
+) -> Iterator[tuple[str, float | None, list[Tensor], NDArray[np.int64]]]:
+    """What :meth:`Sample.add` takes, of all rows of a batch: of the tap itself, and of its class tokens.
+
+    The step; live, stored, and live by way of the encoding, float64 [rows, vectors, channels] each; distances of codes [rows, codes].
+    """
+    encoder, card = reader.encoders[tap], reader.record.taps[tap]
     pieces = [reader.rows(place.view, tap, place.row, place.row + 1) for place in batch]
-    parts = {name: torch.from_numpy(np.concatenate([piece[name] for piece in pieces])) for name in pieces[0]}
-    return reader.decode(tap, parts)
-
-
-def _parts(
-    reader: TeacherReader, tap: str, exact: Tokens | Tensor, copy: Tokens | Tensor
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What is compared of a tap, float64 [rows, ..., channels] on the CPU: patch tokens, class tokens, vectors, distributions."""
-    if isinstance(exact, Tokens) and isinstance(copy, Tokens):
-        yield tap, exact.patches.cpu().double(), copy.patches.double()
-        if exact.prefix.shape[1]:
-            yield tap + PREFIX, exact.prefix.cpu().double(), copy.prefix.double()
-    elif isinstance(exact, Tensor) and isinstance(copy, Tensor):
-        vectors = probabilities if reader.record.taps[tap].encoding == "topk" else _double
-        yield tap, vectors(exact), vectors(copy)
+    stored = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    codes, _ = encoder.encode(exact)
+    copy, again = (
+        encoder.decode({name: torch.from_numpy(part) for name, part in parts.items()}) for parts in (stored, codes)
+    )
+    apart = {name: codes_apart(part, codes[name], card, name).reshape(len(batch), -1) for name, part in stored.items()}
+    prefix = apart.pop("prefix", None)
+    step = float(encoder.constants["step"][0]) if card.encoding == "klt" else None
+    vectors = probabilities if card.encoding == "topk" else _double
+    values = [[value.patches, value.prefix] if isinstance(value, Tokens) else [value] for value in (exact, copy, again)]
+    parts = [[_by_vector(vectors(value)) for value in each] for each in zip(*values, strict=True)]
+    yield tap, step, parts[0], np.concatenate([*apart.values()], axis=1)
+    if prefix is not None:
+        yield tap + PREFIX, None, parts[1], prefix
 
 
 def _double(value: Tensor) -> Tensor:
     return value.cpu().double()
+
+
+def _by_vector(value: Tensor) -> Tensor:
+    """[rows, ..., channels] as [rows, vectors, channels]."""
+    return value.reshape(len(value), -1, value.shape[-1])
+
+
+def _share(looked: int, rows: int) -> dict[str, Any]:
+    faulty = max(1, round(FAULTY * rows))
+    return {"of": rows, "finds": {"faulty": faulty, "probability": chance_to_find(looked, rows, faulty)}}
 
 
 def _named(reader: TeacherReader, place: RowPlace) -> str:
@@ -224,8 +256,9 @@ def format_audit(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, facts in found["teachers"].items():
         lines.append(
-            f"teacher {name} run again on {counted(facts['rows'], 'rows')} of {counted(facts['shards'], 'shards')}, "
-            f"{counted(len(facts['views']), 'views')}:"
+            f"teacher {name} run again on {facts['rows']:,} of {counted(facts['of'], 'rows')}, from {counted(facts['shards'], 'shards')} of "
+            f"{counted(len(facts['views']), 'views')}; a fault of {counted(facts['finds']['faulty'], 'rows')} is found with "
+            f"{percent(facts['finds']['probability'])} probability:"
         )
         for tap, seen in facts["taps"].items():
             cosine, error, stated = seen["cosine"], seen["relative_error"], seen["certificate"]
@@ -234,8 +267,11 @@ def format_audit(found: Mapping[str, Any]) -> list[str]:
                 if stated is not None
                 else ""
             )
+            codes, scale = seen["codes"], seen["scale"]
+            times = f", values {scale['factor']:.6f} times the stored" if scale is not None else ""
             lines.append(
-                f"  {tap}: {seen['encoding']}, {'as it should be' if seen['good'] else 'NOT what the teacher gives'}; relative error "
+                f"  {tap}: {seen['encoding']}, {'as it should be' if seen['good'] else 'NOT what the teacher gives'}; "
+                f"{percent(codes['equal'])} of codes equal, {percent(codes['one_apart'])} one apart{times}; relative error "
                 f"{100 * error['all']:.3g} %, of rows median {100 * error['median']:.3g} %, 99th percentile {100 * error['p99']:.3g} %, largest "
                 f"{100 * error['max']:.3g} %; cosine min {cosine['min']:.5f}, 1st percentile {cosine['p1']:.5f}, median {cosine['median']:.5f}, "
                 f"mean {cosine['mean']:.5f}{beside}"

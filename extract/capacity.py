@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from hdcache.array_metadata import NESTED, RECORD_BYTES
 from hdcache.errors import OutOfSpace, UsageError
-from hdcache.integrity import Ledger, teacher_ledger
+from hdcache.extract.pixel_digests import PIXEL_DIGESTS
+from hdcache.ledgers import Ledger, teacher_ledger
 from hdcache.packed import pixels_ledger
 from hdcache.progress import size
 from hdcache.rendering import input_shape
 from hdcache.resources import ranks_here
+from hdcache.row_arrays import MASK_ARRAY
 from hdcache.schema import ITEM_BYTES, StoreCard, TapCard, TeacherCard
 from hdcache.store import Store
 
@@ -21,6 +24,10 @@ AHEAD = 2
 """Shards that are held at once where memory allows it: one is encoded while another is written."""
 COPIES = 3
 """A shard's arrays while it is in the works: as encoded, and as they are written, in arrays and in files."""
+LISTED, LISTED_BYTES = NESTED - 20_000, RECORD_BYTES - (4 << 20)
+"""Objects that a manifest may list, and their bytes; some are left for metadata and for rows that fail."""
+ENTRY_BYTES = 105
+"""Of an object's entry in a manifest, without its key: size, sha256, punctuation."""
 
 
 def machine_memory() -> int:
@@ -66,6 +73,21 @@ def shards_ahead(name: str, rows: int, per_row: int, at_once: int = 1) -> int:
 def check_memory(store: StoreCard, name: str, card: TeacherCard, taps: Iterable[TapCard], at_once: int) -> None:
     """:class:`UsageError` where ``at_once`` shards of this teacher do not fit into memory."""
     shards_ahead(name, min(store.rows_per_shard, store.dataset.count), held_per_row(card, taps), at_once)
+
+
+def check_manifest(store: StoreCard, name: str, taps: Mapping[str, TapCard]) -> None:
+    """:class:`UsageError` where so many shards would not fit into a manifest that readers accept, before the first is written."""
+    shards = -(-store.dataset.count // store.rows_per_shard)
+    keys = [f"{tap}/{array}" for tap, card in taps.items() for array in card.arrays]
+    keys += [MASK_ARRAY, PIXEL_DIGESTS, "receipts"]
+    key = len(f"teachers/{name}/views/00/c.{shards}.0.0.0.0")
+    fit = min(LISTED_BYTES // sum(key + len(other) + ENTRY_BYTES for other in keys), LISTED // len(keys))
+    if shards > fit:
+        rows = -(-store.dataset.count // fit)
+        raise UsageError(
+            f"teacher {name}: {shards:,} shards of {len(keys)} arrays are more than one manifest may list; give --rows-per-shard "
+            f"{-(-rows // 32) * 32} or more, to a new store where this one holds rows already, or store fewer taps"
+        )
 
 
 def place_of(path: Path) -> Path:

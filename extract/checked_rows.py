@@ -46,6 +46,36 @@ def images_of(store: Store, data: str | None, *, kept: bool = True) -> Dataset:
     return dataset
 
 
+def check_asked(
+    store: Store, rows: int, teachers: Sequence[str], data: Dataset | str | None, threads: int | None
+) -> Dataset | None:
+    """Refuse what cannot be meant before any object of the store is looked at.
+
+    Returns
+    -------
+    Dataset | None
+        the images, as :func:`images_of`; None where the store is too damaged to say what they were: that comes first.
+
+    Raises
+    ------
+    UsageError
+        for a sample of nothing, or threads that are none.
+    InputNotFound
+        for a teacher that is not there, or images that are not.
+    StoreMismatch
+        for images that are others.
+    """
+    _check_count(rows)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads {threads} must be at least 1")
+    try:
+        if teachers:
+            asked_teachers(store, teachers)
+        return images_of(store, data) if data is None or isinstance(data, str) else data
+    except StoreCorrupt:
+        return None
+
+
 def asked_teachers(store: Store, asked: Sequence[str]) -> dict[str, str | None]:
     """Name -> where its weights are now, if that is said, of ``NAME`` or ``NAME=MODEL``; all sealed ones where none is asked for.
 
@@ -83,8 +113,7 @@ def draw_rows(
 
     ``manifests`` are those of a teacher's sealed views. Of a shard, places (from 0) that are ``first`` are drawn before others.
     """
-    if count < 1:
-        raise UsageError(f"{count} rows are no sample; ask for at least 1")
+    _check_count(count)
     size, rows = store.card.rows_per_shard, store.card.dataset.count
     cells = [(view, shard) for view in sorted(manifests) for shard in range(-(-rows // size))]
 
@@ -108,6 +137,11 @@ def draw_rows(
             turns.remove(shard)  # all its rows are drawn, or failed
             turns += islice(fresh, 1)
     return sorted(drawn)
+
+
+def _check_count(rows: int) -> None:
+    if rows < 1:
+        raise UsageError(f"{rows} rows are no sample; ask for at least 1")
 
 
 def open_rows(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hdcache.array_metadata import read_json
-from hdcache.durable import durable_parts
+from hdcache.durable import durable_parts, durable_write
 from hdcache.errors import HdcacheError, StoreCorrupt
 from hdcache.extract.damage import Damaged, Survey, survey, teacher_of
 from hdcache.extract.record_mending import make_room
-from hdcache.index import INDEX, read_index
-from hdcache.integrity import RECEIPTS
 from hdcache.ledgers import SAMPLES_RECEIPT
 from hdcache.schema import Manifest, Receipt, StoredObject
-from hdcache.store import Store
+from hdcache.store import ABOUT, About, Store
 
 BLOCK = 1 << 22
-_RECORDS = ("lost", "manifest", "receipt", "record")
+_RECORDS = ("manifest", "receipt", "record")
 """Kinds of objects that say what others should be."""
 
 
@@ -27,7 +26,6 @@ def take_from_copy(store: Store, other: Path, found: Survey, again: Callable[[St
 
     ``again`` surveys once more, where records were taken and sizes are not enough; what is returned holds all that was found.
     """
-    found.damaged += _indexed(store, found)
     taken: list[Damaged] = []
     while True:
         records = [one for one in found.open() if one.kind in _RECORDS or one.key == SAMPLES_RECEIPT]
@@ -50,30 +48,23 @@ def take_from_copy(store: Store, other: Path, found: Survey, again: Callable[[St
             one.why_not = why
         else:
             one.outcome = f"taken from {other}"
+    _take_notes(store, other)
     return found
 
 
-def _indexed(store: Store, found: Survey) -> list[Damaged]:
-    """Seals and receipts that are gone, so that nothing but the index says that they were there."""
-    try:
-        index = read_index(store.path)
-    except StoreCorrupt:
-        return []
-    known = {one.key for one in found.damaged}
-    return [
-        Damaged(
-            key, f"missing, but {INDEX} lists it", "lost", entry, key.rpartition("/")[0].removesuffix(f"/{RECEIPTS}")
-        )
-        for key, entry in (index.objects.items() if index is not None else ())
-        if key not in known and not (store.path / key).exists()
-    ]
+def _take_notes(store: Store, other: Path) -> None:
+    """Where data and weights were, of what was lost as a whole: no record lists these notes."""
+    for key in (ABOUT, *(f"teachers/{name}/{ABOUT}" for name in store.teachers())):
+        if not (store.path / key).exists() and (other / key).is_file():
+            with suppress(StoreCorrupt):
+                durable_write(store.path / key, About.parse(read_json(other / key), other / key).canonical())
 
 
 def _take_record(store: Store, other: Path, one: Damaged, found: Survey) -> None:
     """A manifest, a receipt or a record of the copy, where it agrees with what is good here."""
     path = other / one.key
     try:
-        if one.kind == "manifest":
+        if one.kind == "manifest" and one.expected is None:
             manifest = Manifest.parse(read_json(path), path)
             receipts = found.receipts[one.ledger].values()
             told = {f"{one.ledger}/{name}": entry for receipt in receipts for name, entry in receipt.objects.items()}
@@ -81,14 +72,13 @@ def _take_record(store: Store, other: Path, one: Damaged, found: Survey) -> None
             if not good or any(manifest.objects.get(key) != entry for key, entry in told.items()) or not told:
                 one.why_not = f"{path} does not agree with the receipts here; is {other} a copy of this store?"
                 return
-            found.manifests[one.ledger] = manifest
         elif one.kind == "receipt" and one.shard is not None:
             receipt = Receipt.parse(read_json(path), path)
             expected = found.receipt(one.ledger, one.shard)
             if expected is None or receipt.model_copy(update={"saturated": 0}) != expected:
                 one.why_not = f"{path} does not agree with the manifest; is {other} a copy of this store?"
                 return
-        elif one.expected is None:
+        elif one.expected is None and one.kind != "manifest":
             one.why_not = "no seal says what it should be"
             return
         why = copied(path, store.path / one.key, one.expected)

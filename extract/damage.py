@@ -14,11 +14,11 @@ from pathlib import Path
 
 from hdcache.array_metadata import CHECK, group_metadata, read_json, read_record
 from hdcache.durable import stored_object
-from hdcache.errors import StoreCorrupt
+from hdcache.errors import HdcacheError, InputNotFound, StoreCorrupt, StoreUnreadable
 from hdcache.extract.calibrate import damaged_constants
-from hdcache.index import CROISSANT, INDEX, RECORDS, held_taps, is_held, read_index
-from hdcache.integrity import MANIFEST, RECEIPTS, Ledger, Verification, verify
-from hdcache.ledgers import SAMPLES_RECEIPT, total_of
+from hdcache.index import CROISSANT, HELD, RECORDS, held_taps, is_held
+from hdcache.integrity import Verification, verify
+from hdcache.ledgers import INDEX, MANIFEST, RECEIPTS, SAMPLES_RECEIPT, Ledger, read_index, total_of
 from hdcache.schema import Manifest, Receipt, StoredObject
 from hdcache.store import PIXELS, Store, is_view
 
@@ -27,6 +27,11 @@ GROUPS = ("samples/zarr.json", "views/zarr.json", "teachers/zarr.json")
 _CHUNK = re.compile(r"c\.(\d+)\.[\d.]+")
 _RECORD = re.compile(r"(?:teachers/[^/]+/)?zarr\.json")
 _GONE = re.compile(r"no teacher '([^']+)'")
+_HELD = re.compile(rf"teachers/[^/]+/{re.escape(HELD)}")
+UNREADABLE = (
+    "what the system cannot read now is not taken for damaged: check the disk, the mount and permissions, and run the same command "
+    "again; if the disk has lost it for good, delete it first"
+)
 _RECEIPT = re.compile(rf"{RECEIPTS}/(\d+)\.json")
 
 
@@ -39,7 +44,7 @@ class Damaged:
     fault: str
     kind: str
     """``record`` (of the store or of a teacher), ``index`` (what is derived), ``manifest``, ``receipt``, ``metadata``, ``samples``, ``constants``,
-    ``shard`` or ``other``."""
+    ``shard``, ``held`` (which taps a copy has) or ``other``."""
     expected: StoredObject | None = None
     """None where nothing that can be read says so."""
     ledger: str = ""
@@ -69,6 +74,9 @@ class Survey:
     """The good ones, by ledger."""
     receipts: dict[str, dict[int, Receipt]] = field(default_factory=dict)
     """The good ones, by ledger and shard."""
+    held: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Of teachers whose :data:`~hdcache.held.HELD` is damaged: the taps of which something is there."""
+    notes: list[str] = field(default_factory=list)
     rows_per_shard: int = 1
 
     def open(self, kind: str = "", ledger: str | None = None) -> list[Damaged]:
@@ -129,12 +137,33 @@ def receipt_of(manifest: Manifest, ledger: str, shard: int, size: int) -> Receip
 
 
 def survey(store: Store, *, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Survey:
-    """Check a store (by sizes alone, if ``quick``), and sort what is found."""
+    """Check a store (by sizes alone, if ``quick``), and sort what is found.
+
+    Raises
+    ------
+    InputNotFound
+        when something is there and cannot be read: whether it is damaged nobody can say.
+    """
+    try:
+        return _surveyed(store, quick, progress)
+    except StoreUnreadable as error:
+        raise InputNotFound(f"{error}; {UNREADABLE}") from None
+    except OSError as error:
+        if isinstance(error, HdcacheError):
+            raise
+        raise InputNotFound(
+            f"{error.filename or store.path}: cannot be read ({error.strerror}); {UNREADABLE}"
+        ) from None
+
+
+def _surveyed(store: Store, quick: bool, progress: Callable[[int, int], None] | None) -> Survey:
     found = verify(store, quick=quick, progress=progress)
     faults: dict[str, str] = {}
     others: list[str] = []
     for line in found.faults:
         key, colon, why = line.removeprefix(f"{store.path}/").partition(": ")
+        if why.startswith("cannot be read ("):
+            raise InputNotFound(f"{line.partition('; ')[0]}; {UNREADABLE}")
         if colon and line.startswith(f"{store.path}/"):
             faults.setdefault(key, why)
         elif gone := _GONE.match(line.removeprefix(f"{store.path}: ")):
@@ -143,7 +172,8 @@ def survey(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
             others.append(line)
     result = Survey(found, rows_per_shard=store.card.rows_per_shard)
     records = {key for key in faults if _RECORD.fullmatch(key)}
-    for key in ledger_keys(store.path):
+    sealed = [key.removesuffix(f"/{MANIFEST}") for key in faults if key.endswith(f"/{MANIFEST}")]
+    for key in dict.fromkeys((*ledger_keys(store.path), *sealed)):
         _read_ledger(store, key, faults, records, result)
     _read_samples(store, faults, result)
     for key in GROUPS:
@@ -153,6 +183,7 @@ def survey(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
             faults.setdefault(key, "missing or not the record of a group")
     _read_constants(store, faults, records, result)
     _read_index(store.path, faults, result)
+    _read_held(store, faults, records, result)
     result.damaged = [_sorted_out(key, why, store, result) for key, why in sorted(faults.items())]
     result.damaged += [Damaged("", line, "other", why_not="") for line in others]
     return result
@@ -167,7 +198,7 @@ def _read_constants(store: Store, faults: dict[str, str], records: set[str], res
         record = store.teacher(name)
         result.listed = {f"{folder}/{key}": entry for key, entry in record.objects.items()} | result.listed
         if not any(teacher_of(key) == name for key in result.manifests):
-            held = held_taps(store, name)
+            held = None if f"{folder}/{HELD}" in faults else held_taps(store, name)
             for key in damaged_constants(store, record):
                 if is_held(f"{folder}/{key}", name, held):
                     faults.setdefault(f"{folder}/{key}", "missing, or not what the teacher's record lists")
@@ -182,15 +213,46 @@ def _read_index(root: Path, faults: dict[str, str], result: Survey) -> None:
             faults.setdefault(INDEX, "missing")
         return
     for key, entry in index.objects.items():
-        if key in RECORDS or _RECORD.fullmatch(key):
+        if key in RECORDS or key.endswith(f"/{MANIFEST}") or _RECORD.fullmatch(key):
             result.listed.setdefault(key, entry)
-    if CROISSANT in index.objects and _stored(root / CROISSANT) != index.objects[CROISSANT]:
+    if result.manifests and _stored(root / CROISSANT) != index.objects.get(CROISSANT):
         faults.setdefault(CROISSANT, f"not what {INDEX} lists")
+
+
+def _read_held(store: Store, faults: dict[str, str], records: set[str], result: Survey) -> None:
+    """Which taps a copy has, where its note of that is damaged: those of which anything is there. Others are not missed."""
+    for name in store.teachers():
+        folder = f"teachers/{name}"
+        damaged = f"{folder}/{HELD}" in faults
+        if f"{folder}/zarr.json" in records or (not damaged and held_taps(store, name) is not None):
+            continue
+        every = frozenset(store.teacher(name).taps)
+        own = [key for key in result.listed if not is_held(key, name, frozenset())]
+        there = {_tap_of(key) for key in own if (damaged or key not in faults) and (store.path / key).is_file()}
+        gone = sorted(every - there)
+        if not gone or not there:
+            result.held |= {name: every} if damaged else {}
+        elif damaged:
+            result.held[name] = every & there
+            for key in [key for key in faults if not is_held(key, name, every & there)]:
+                del faults[key]
+        else:
+            result.notes.append(
+                f"nothing of tap {', '.join(gone)} of teacher {name} is there: if this is a partial copy, whose {HELD} is lost, "
+                f"run the same 'hdcache pull' with '--teacher {name} --tap {sorted(there)[0]}' again instead"
+            )
+
+
+def _tap_of(key: str) -> str:
+    parts = key.split("/")
+    return parts[4] if parts[2] == "views" else parts[3]
 
 
 def _stored(path: Path) -> StoredObject | None:
     try:
         return stored_object(read_record(path))
+    except StoreUnreadable:
+        raise
     except StoreCorrupt:
         return None
 
@@ -215,6 +277,9 @@ def _read_ledger(store: Store, key: str, faults: dict[str, str], records: set[st
         result.listed |= manifest.objects
         for shard in set(range(shards)) - receipts.keys():
             faults.setdefault(f"{key}/{RECEIPTS}/{shard}.json", "missing")
+    elif where in faults and receipts:
+        for shard in set(range(shards)) - receipts.keys():
+            faults.setdefault(f"{key}/{RECEIPTS}/{shard}.json", "missing, as is a seal that says what it was")
     elif where not in faults and total_of(key, receipts.values()).covered == store.card.dataset.count:
         faults[where] = "missing, and all of its shards are there"
 
@@ -222,6 +287,8 @@ def _read_ledger(store: Store, key: str, faults: dict[str, str], records: set[st
 def _parsed(ledger: Ledger) -> Manifest | None:
     try:
         return ledger.manifest() if ledger.sealed else None
+    except StoreUnreadable:
+        raise
     except StoreCorrupt:
         return None
 
@@ -237,13 +304,13 @@ def _receipts(root: Path, key: str, faults: Mapping[str, str]) -> dict[int, Rece
 
 def _sorted_out(key: str, why: str, store: Store, result: Survey) -> Damaged:
     expected = result.listed.get(key)
+    if key.endswith(f"/{MANIFEST}"):
+        return Damaged(key, why, "manifest", expected, key.removesuffix(f"/{MANIFEST}"))
     ledger = next((one for one in ledger_keys(store.path) if key.startswith(f"{one}/")), "")
     name = key.removeprefix(f"{ledger}/")
     if ledger:
-        if name == MANIFEST:
-            return Damaged(key, why, "manifest", None, ledger)
         if number := _RECEIPT.fullmatch(name):
-            return Damaged(key, why, "receipt", None, ledger, int(number[1]))
+            return Damaged(key, why, "receipt", expected, ledger, int(number[1]))
         if (shard := shard_of(name)) is not None:
             return Damaged(key, why, "shard", expected, ledger, shard)
         return Damaged(key, why, "metadata" if name.endswith("zarr.json") else "other", expected, ledger)
@@ -251,6 +318,8 @@ def _sorted_out(key: str, why: str, store: Store, result: Survey) -> Damaged:
         return Damaged(key, why, "index")
     if _RECORD.fullmatch(key):
         return Damaged(key, why, "record", expected)
+    if _HELD.fullmatch(key):
+        return Damaged(key, why, "held")
     if key in GROUPS:
         return Damaged(key, why, "metadata", expected)
     if key.startswith("samples/"):

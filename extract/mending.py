@@ -11,11 +11,11 @@ from hdcache.extract.audit import live_teacher
 from hdcache.extract.calibrate import damaged_constants, repair_constants
 from hdcache.extract.damage import Damaged, teacher_of
 from hdcache.extract.pipeline import Timing
-from hdcache.extract.record_mending import FROM_COPY, RECORD_ADVICE, RecordMender, make_room
-from hdcache.extract.remaking import Again, Remade, geometry_again, kept_again
+from hdcache.extract.record_mending import EXTRACT_ADVICE, FROM_COPY, RECORD_ADVICE, RecordMender, make_room
+from hdcache.extract.remaking import Again, Remade, SurveyedReader, geometry_again, kept_again, unread_again
 from hdcache.extract.rows import order_of
 from hdcache.index import held_taps
-from hdcache.integrity import Ledger
+from hdcache.ledgers import RECEIPTS, Ledger
 from hdcache.packed import DIGEST
 from hdcache.progress import Progress
 from hdcache.reader import TeacherReader
@@ -46,11 +46,11 @@ class Mender(RecordMender):
             self._try(partial(self._receipt, one), [one])
         self._try(self._metadata, open_of("metadata"))
         for one in open_of("manifest"):
-            if one.ledger != PIXELS:
+            if one.ledger != PIXELS and self.found.receipts.get(one.ledger):
                 self._try(self._remade(one.ledger).open, [one])  # no seal says what its metadata should be
         for key in views:
-            self._try(partial(self._geometry, key), open_of("shard", key))
-        self._try(self._kept, open_of("shard", PIXELS))
+            self._try(partial(self._geometry, key), [*open_of("shard", key), *self._untold(key)])
+        self._try(self._kept, [*open_of("shard", PIXELS), *self._untold(PIXELS)])
         for name in dict.fromkeys(one.teacher for one in open_of("constants")):
             self._try(partial(self._constants, name), [one for one in open_of("constants") if one.teacher == name])
         for key in rows:
@@ -59,8 +59,11 @@ class Mender(RecordMender):
             damaged = [one for one in open_of("manifest") if one.ledger == key]
             self._try(partial(self._seal, key), damaged)
         for one in open_of():
-            if one.kind != "index" and not one.why_not:
-                one.why_not = RECORD_ADVICE if one.kind == "record" else f"hdcache cannot make it again; {FROM_COPY}"
+            if one.kind == "index" or one.why_not:
+                continue
+            one.why_not = RECORD_ADVICE if one.kind == "record" else f"hdcache cannot make it again; {FROM_COPY}"
+            if one.kind == "receipt":
+                one.why_not = f"the seal of {one.ledger} is damaged too; {EXTRACT_ADVICE}"
 
     @staticmethod
     def _try(mend: Callable[[], None], damaged: Sequence[Damaged]) -> None:
@@ -75,10 +78,11 @@ class Mender(RecordMender):
                 one.why_not = one.why_not or ("" if one.outcome else str(error.args[-1] if error.args else error))
 
     def _live(self, name: str) -> tuple[TeacherReader, Teacher]:
-        reader = TeacherReader(self.store, name)
+        reader = SurveyedReader(self.store, name)
         if held_taps(self.store, name) is not None:
             raise StoreMismatch(
-                f"{self.store.path}: this copy has some taps of teacher {name} only; 'hdcache pull' them again, or {FROM_COPY}"
+                f"{self.store.path}: this copy has some taps of teacher {name} only, and a teacher runs for all; delete the damaged file and "
+                f"run the same 'hdcache pull' again, or {FROM_COPY}"
             )
         if self._teacher is None or self._teacher.name != name:
             self._teacher = None  # one network is in memory at a time
@@ -91,6 +95,10 @@ class Mender(RecordMender):
             own = [one for one in damaged if one.shard == shard]
             receipt = self.found.receipt(key, shard)
             if receipt is None:
+                for one in own:
+                    one.why_not = (
+                        f"nothing says what it was: the receipt and the seal of {key} are damaged too; {EXTRACT_ADVICE}"
+                    )
                 continue
             bad = {one.key.removeprefix(f"{key}/").partition("/")[0] for one in own}
             intact = {"geometry", "source_digest"} - bad
@@ -101,14 +109,29 @@ class Mender(RecordMender):
                 stored_object(data) == receipt.objects.get(name) for name, data in objects.items() if "digest" in name
             )
             self._take(key, receipt, own, objects, acceptable=same)
+        size, count = self.store.card.rows_per_shard, self.store.card.dataset.count
+        for one in self._untold(key):
+            shard = one.shard or 0
+            failed = unread_again(self.store, self._dataset(), remade, shard)
+            whole = {"geometry", "source_digest"}
+            rows = geometry_again(self.store, self._dataset(), remade, shard, failed, whole, self.threads)
+            listed = {name: stored_object(data) for name, data in remade.geometry_objects(shard, rows).items()}
+            span = (shard * size, min(count, (shard + 1) * size))
+            self._tell(one, Receipt(shard=shard, rows=span, objects=listed, failed=failed))
 
     def _kept(self) -> None:
         damaged = self.found.open("shard", PIXELS)
         receipts = {one.shard: self.found.receipt(PIXELS, one.shard) for one in damaged if one.shard is not None}
         untrusted = {one.shard for one in damaged if one.key.startswith(f"{DIGEST}/") and one.shard is not None}
         ledger = Ledger(self.store.path, PIXELS)
+        untold = {one.shard: one for one in self._untold(PIXELS)}
 
         def made(new: Receipt) -> None:
+            if (lost := untold.get(new.shard)) is not None:
+                self._tell(lost, new)
+                for name in new.objects:
+                    ledger.aside(name).unlink(missing_ok=True)
+                return
             own = [one for one in damaged if one.shard == new.shard]
             apart = [one for one in own if new.objects.get(one.key.removeprefix(f"{PIXELS}/")) != one.expected]
             for one in apart:
@@ -127,6 +150,7 @@ class Mender(RecordMender):
                 ledger.aside(name).unlink(missing_ok=True)
 
         shards = {shard: receipt.failed for shard, receipt in sorted(receipts.items()) if receipt is not None}
+        shards |= {shard: {} for shard in untold if shard is not None}
         kept_again(self.store, self._dataset(), shards, untrusted, made, self.threads)
         self._reseal(PIXELS)
 
@@ -147,9 +171,13 @@ class Mender(RecordMender):
         lost |= {one.shard for one in self.found.open("receipt", f"views/{view}")}
         size, shards = self.store.card.rows_per_shard, list[int]()
         failed: dict[int, str] = {}
+        untold = {one.shard: one for one in self._untold(key)}
         order = order_of(self.store.card.dataset.count, self.store.card.views.seed, view)
         for shard in sorted({one.shard for one in damaged if one.shard is not None}):
             receipt = self.found.receipt(key, shard)
+            if shard in untold and shard not in lost:
+                shards.append(shard)
+                continue
             if shard in lost or receipt is None:
                 for one in damaged:
                     if one.shard == shard:
@@ -169,6 +197,10 @@ class Mender(RecordMender):
                 receipt = self.found.receipt(key, shard)
                 own = [one for one in damaged if one.shard == shard]
                 if receipt is None:
+                    listed = {name: stored_object(data) for name, data in objects.items()}
+                    span = (shard * size, min(self.store.card.dataset.count, (shard + 1) * size))
+                    new = Receipt(shard=shard, rows=span, objects=listed, failed=dict(broken), saturated=clipped)
+                    self._tell(untold[shard], new)
                     return
                 if apart := sorted(broken.keys() - receipt.failed.keys()):
                     for one in own:
@@ -223,6 +255,7 @@ class Mender(RecordMender):
         own = {f"{key}/{name}" for receipt in receipts for name in receipt.objects} | ledger.records(
             before.teacher
         ).keys()
+        own |= {f"{key}/{RECEIPTS}/{receipt.shard}.json" for receipt in receipts}
         static: dict[str, StoredObject] = {name: entry for name, entry in before.objects.items() if name not in own}
         ledger.seal(
             receipts, static, teacher=before.teacher, identity=before.identity, view=before.view, rows=before.rows

@@ -28,7 +28,7 @@ from hdcache.errors import InputNotFound, OutOfSpace, StoreLocked, StoreMismatch
 from hdcache.extract.writer import is_recorded, salvaged, write_once
 from hdcache.geometry import read_shard_geometry
 from hdcache.index import write_index
-from hdcache.integrity import view_ledger
+from hdcache.ledgers import view_ledger
 from hdcache.packed import (
     BYTES,
     DIGEST,

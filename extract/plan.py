@@ -16,7 +16,7 @@ from typing import Any
 from hdcache.datasets import open_dataset
 from hdcache.errors import InputNotFound, OutOfSpace, UsageError
 from hdcache.extract.budget import budget_share, with_budget
-from hdcache.extract.capacity import check_memory, free_at, rows_left, samples_left, scratch_beside
+from hdcache.extract.capacity import check_manifest, check_memory, free_at, rows_left, samples_left, scratch_beside
 from hdcache.extract.opening import Asked, check_teacher, new_views, pixel_bytes, reopened, shard_size
 from hdcache.extract.packing import bytes_per_sample
 from hdcache.extract.summary import shares, shares_text
@@ -152,6 +152,7 @@ def plan(
         with tempfile.TemporaryDirectory(prefix=".hdcache-plan-", dir=scratch_beside(path)) as folder:
             trial = try_out(sample, Path(folder) / "probe", teacher, requests, drawn, shard, card.rows_per_chunk, cores)
         check_memory(card, name, teacher.card, trial.record.taps.values(), 1)
+        check_manifest(card, name, trial.record.taps)
         found.teachers[name] = priced(trial, rows, count, shard, calibrated=record)
     return found
 

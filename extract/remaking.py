@@ -14,15 +14,16 @@ import numpy as np
 from hdcache.arrays import group_metadata
 from hdcache.datasets import Dataset
 from hdcache.encodings import Encoder
-from hdcache.errors import StoreMismatch
+from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.extract.lanes import lanes_for
 from hdcache.extract.packing import Packer
 from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.pixel_digests import PIXEL_DIGESTS
 from hdcache.extract.rows import decode_row, order_of
 from hdcache.extract.writer import Row, ViewWriter, is_recorded
-from hdcache.integrity import Ledger
+from hdcache.ledgers import Ledger
 from hdcache.plain_encodings import Parts
+from hdcache.reader import TeacherReader
 from hdcache.resources import available_cores
 from hdcache.samples import Recorded
 from hdcache.schema import Receipt, TeacherRecord
@@ -31,6 +32,13 @@ from hdcache.teachers import Teacher
 
 Made = Callable[[int, dict[str, bytes], Mapping[int, str], int], None]
 """Takes a shard: its number, its objects by their names in the ledger's folder, failed rows, and how many values were clipped."""
+
+
+class SurveyedReader(TeacherReader):
+    """A reader of a teacher whose record is known to be good, though none of its seals may be."""
+
+    def _prove_record(self) -> None:
+        pass
 
 
 class Remade(ViewWriter):
@@ -79,8 +87,15 @@ class Remade(ViewWriter):
         writers = {name: self._geometry_writers[name] for name, _ in blocks}
         return {f"{name}/{writers[name].key(shard)}": writers[name].encode(shard, block) for name, block in blocks}
 
+    def seal_rows(self) -> None:
+        """Seal the teacher's rows alone; the index stays as it is."""
+        root = f"teachers/{self.record.name}"
+        static = {f"{root}/{key}": value for key, value in self.record.objects.items()} | self._static
+        with self._record_lock():
+            self._seal(self.ledger, static, teacher=self.record.name, identity=self.record.identity_digest())
+
     def seal_geometry(self) -> None:
-        """Seal the view; :meth:`seal` needs the teacher's rows too."""
+        """Seal the view alone; the index stays as it is."""
         with self._view_lock():
             self._open(self.geometry, self._geometry_writers, self._geometry_static)
             self._seal(self.geometry, self._geometry_static, teacher="", identity="")
@@ -118,6 +133,35 @@ class Again(Pipeline):
         if sample in self._failed:
             return Row(sample, None, reason=self._failed[sample])
         return super()._row(view, sample, recorded)
+
+
+def unread_again(store: Store, dataset: Dataset, remade: Remade, shard: int) -> dict[int, str]:
+    """Rows of a shard of a view that could not be read when it was recorded, and why; its arrays are whole.
+
+    Raises
+    ------
+    StoreCorrupt
+        when they are not.
+    StoreMismatch
+        when such a row can be read by now: why it could not be is forgotten.
+    """
+    size, geometry = store.card.rows_per_shard, remade.kept_geometry("geometry", shard)
+    if geometry is None or remade.kept_geometry("source_digest", shard) is None:
+        raise StoreCorrupt(
+            f"nothing says what shard {shard} of {remade.geometry.key} was, and its arrays are damaged too"
+        )
+    order = order_of(store.card.dataset.count, store.card.views.seed, remade.view)
+    found: dict[int, str] = {}
+    for place in np.flatnonzero(~is_recorded(geometry)).tolist():
+        sample = int(order[shard * size + place])
+        row = decode_row(store, dataset, remade.record.card.preprocessing, remade.view, sample)
+        if not row.reason:
+            raise StoreMismatch(
+                f"{store.ids[sample]}: it could not be read when its view was recorded, and can be by now; name the original data: "
+                "--data DATA"
+            )
+        found[shard * size + place] = row.reason
+    return found
 
 
 class KeptApart(Ledger):

@@ -12,7 +12,7 @@ otherwise on another machine. Those are not taken, unless ``reseal`` says so: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,20 @@ from typing import Any
 import filelock
 
 from hdcache.array_metadata import read_json
-from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, StoreUnreadable, UsageError
 from hdcache.extract.copying import copied, take_from_copy
-from hdcache.extract.damage import Survey, ledger_keys, survey
+from hdcache.extract.damage import UNREADABLE, Survey, ledger_keys, survey
 from hdcache.extract.mending import Mender
-from hdcache.extract.record_mending import RECORD_ADVICE
+from hdcache.extract.record_mending import RECORD_ADVICE, mend_held
+from hdcache.extract.repair_requests import check_asked, named_folders
 from hdcache.index import write_index
-from hdcache.integrity import MANIFEST, Ledger, verify
+from hdcache.integrity import verify
+from hdcache.ledgers import INDEX, MANIFEST, Ledger, read_index
 from hdcache.progress import Progress, counted
 from hdcache.records import NAME
 from hdcache.schema import Manifest, StoredObject
 from hdcache.store import PIXELS, ROOT_LOCK, Store
+from hdcache.teachers import choose_device
 
 WAYS = {
     "record": "",
@@ -42,6 +45,7 @@ WAYS = {
     "samples": "written again from the data set",
     "constants": "made again from the teacher",
     "shard": "extracted again",
+    "held": "written again",
     "other": "",
 }
 """Kind of object -> how it is mended where nothing else is damaged."""
@@ -89,33 +93,50 @@ def repair(
 
     Raises
     ------
+    UsageError
+        for settings that cannot be meant, a copy of another store among them; before anything is looked at.
     InputNotFound
-        when there is no store, or no copy.
+        when there is no store, no copy or no data; or when something is there and cannot be read now.
     StoreLocked
         when another process is writing.
     StoreCorrupt
         when the store's own record is damaged, and no ``copy`` is given that has it.
     """
-    root, other = Path(path).expanduser(), None if copy is None else Path(copy).expanduser()
-    if other is not None and not (other / "zarr.json").is_file():
-        raise InputNotFound(f"{other}: no store there; --from takes the folder of another copy of {root}")
-    if other is not None and other.resolve() == root.resolve():
-        raise InputNotFound(f"{other}: that is the store itself; --from takes the folder of another copy of it")
+    root, other = named_folders(path, copy)
+    where = choose_device(device)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads {threads} must be at least 1")
     store = _opened(root, other, dry_run=dry_run)
+    dataset = check_asked(store, other, data, teachers)
+    listed = _listed_ledgers(store)
     with ExitStack() as held:
         if not dry_run:
             for name in _writers(store):
                 held.enter_context(store.lock(name))
         found = _survey(store, quick=quick, quiet=quiet)
         before = {key: manifest.digest() for key, manifest in found.manifests.items()}
+        notes = _index_notes(store, found)
         if dry_run:
+            found.notes += notes
             return _result(store, _planned(found, copy is not None), before, dry_run=True)
         if found.damaged:
+            held_notes = mend_held(store, found)
             if other is not None:
                 again = None if quick else partial(_survey, quick=False, quiet=quiet)
                 found = take_from_copy(store, other, found, again)
             else:
-                Mender(store, found, data, teachers, device, threads, reseal=reseal, quiet=quiet).run()
+                Mender(
+                    store,
+                    found,
+                    data if dataset is None else dataset,
+                    teachers,
+                    where,
+                    threads,
+                    reseal=reseal,
+                    quiet=quiet,
+                ).run()
+            again_held = {one.key for one in held_notes}
+            found.damaged = held_notes + [one for one in found.damaged if one.key not in again_held]
             derived = found.open("index")
             if len(found.open()) == len(derived):
                 write_index(store)
@@ -124,7 +145,35 @@ def repair(
                 one.outcome, one.why_not = (
                     (WAYS["index"], "") if whole else ("", "it is written when all else is mended")
                 )
-        return _result(store, found, before, dry_run=False)
+        found.notes = (found.notes if found.open() else []) + notes
+        return _result(store, found, before, dry_run=False, listed=listed)
+
+
+def _listed_ledgers(store: Store) -> frozenset[str]:
+    """What was sealed when the index was written."""
+    try:
+        index = read_index(store.path)
+    except StoreCorrupt:
+        return frozenset()
+    return frozenset(
+        key.removesuffix(f"/{MANIFEST}")
+        for key in (index.objects if index is not None else ())
+        if key.endswith(f"/{MANIFEST}")
+    )
+
+
+def _index_notes(store: Store, found: Survey) -> list[str]:
+    """Without the index a teacher or view that is gone as a whole, or a seal with receipts of its, is not missed."""
+    if not any(one.key == INDEX for one in found.damaged):
+        return []
+    there = [
+        f"{name} with {counted(len(views := store.views(name)), 'sealed views')} {views}" for name in store.teachers()
+    ]
+    open_ones = f"; not sealed: {', '.join(found.found.unsealed)}" if found.found.unsealed else ""
+    return [
+        f"{INDEX} was damaged, which alone tells whether a whole teacher or view, or its seal, is gone; there are "
+        f"{', '.join(there) or 'no teachers'}{open_ones}: if something lacks, take it from a good copy (hdcache pull)"
+    ]
 
 
 def _writers(store: Store) -> list[str]:
@@ -152,7 +201,9 @@ def _planned(found: Survey, copied: bool) -> Survey:
     return found
 
 
-def _result(store: Store, found: Survey, before: dict[str, str], *, dry_run: bool) -> dict[str, Any]:
+def _result(
+    store: Store, found: Survey, before: dict[str, str], *, dry_run: bool, listed: Collection[str] = ()
+) -> dict[str, Any]:
     after: dict[str, str | None] = dict.fromkeys(before)
     for key in ledger_keys(store.path):
         try:
@@ -163,6 +214,11 @@ def _result(store: Store, found: Survey, before: dict[str, str], *, dry_run: boo
     touched = {one.ledger for one in found.damaged if one.ledger}
     left = verify(store, quick=True)
     mended = all(one.outcome for one in found.damaged)
+    lost = [key for key in sorted(listed) if not Ledger(store.path, key).sealed]
+    faults = [
+        *left.faults,
+        *(f"{store.path}/{key}: sealed when the index was written, and not any more" for key in lost),
+    ]
     return {
         "store": str(store.path), "dry_run": dry_run,
         "damaged": [
@@ -174,8 +230,9 @@ def _result(store: Store, found: Survey, before: dict[str, str], *, dry_run: boo
         ],
         "seals": {key: {"before": before.get(key), "after": after.get(key)} for key in sorted(touched)},
         "unsealed": left.unsealed,
-        "good": not found.damaged if dry_run else mended and left.good,
-        "left": [] if dry_run or not mended else left.faults,
+        "good": not found.damaged if dry_run else mended and not faults,
+        "left": [] if dry_run or not mended else faults,
+        "notes": found.notes,
     }  # fmt: skip
 
 
@@ -183,6 +240,8 @@ def _opened(root: Path, other: Path | None, *, dry_run: bool) -> Store:
     """The store, its own record taken from the copy where it is damaged."""
     try:
         return Store.open(root)
+    except StoreUnreadable as error:
+        raise InputNotFound(f"{error}; {UNREADABLE}") from None
     except (StoreCorrupt, InputNotFound) as error:
         expected = _expected_root(root)
         if expected is None:
@@ -228,7 +287,7 @@ def format_repair(result: Mapping[str, Any]) -> str:
             was = f"it was {seal['before'][:12]}" if seal["before"] else "it could not be read before"
             lines.append(f"seal of {key}: {seal['after'][:12]}, {was}")
     lines += [f"not sealed yet: {key}; run the same 'hdcache extract' command again" for key in result["unsealed"]]
-    return "\n".join([*lines, *result["left"]])
+    return "\n".join([*lines, *result["notes"], *result["left"]])
 
 
 def check_repaired(result: Mapping[str, Any]) -> None:

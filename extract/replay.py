@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from hdcache.arrays import ArrayReader
-from hdcache.extract.checked_rows import RowPlace, asked_teachers, draw_rows, images_of, open_rows
+from hdcache.datasets import Dataset
+from hdcache.extract.checked_rows import RowPlace, asked_teachers, check_asked, draw_rows, images_of, open_rows
 from hdcache.extract.pixel_digests import DIGEST_CARD, EVERY, PIXEL_DIGESTS
 from hdcache.pixels import digest
 from hdcache.progress import Progress, counted
@@ -33,7 +34,7 @@ def replay(
     rows: int,
     *,
     teachers: Sequence[str] = (),
-    data: str | None = None,
+    data: Dataset | str | None = None,
     threads: int | None = None,
     seed: int = 0,
     quiet: bool = True,
@@ -50,13 +51,16 @@ def replay(
 
     Raises
     ------
+    UsageError
+        for a sample of nothing, or threads that are none.
     InputNotFound
         when the data set is not where it was.
     StoreMismatch
         when what is there is another data set.
     """
+    opened = check_asked(store, rows, teachers, data, threads)
     asked = asked_teachers(store, teachers)
-    dataset = images_of(store, data)
+    dataset = images_of(store, data if isinstance(data, str) else None) if opened is None else opened
     found: dict[str, Any] = {"seed": seed, "teachers": {}, "notes": [], "faults": []}
     for name in asked:
         reader = StoredRows(store, name)

@@ -19,7 +19,7 @@ from hdcache.encodings import Encoder
 from hdcache.errors import UsageError
 from hdcache.extract.budget import budget_share, with_budget
 from hdcache.extract.calibrate import write_record
-from hdcache.extract.capacity import check_memory, check_space, rows_left, samples_left
+from hdcache.extract.capacity import check_manifest, check_memory, check_space, rows_left, samples_left
 from hdcache.extract.engine_choice import open_engine, parse_engine
 from hdcache.extract.engines import Engine, Job
 from hdcache.extract.lanes import lanes_for
@@ -170,6 +170,8 @@ def extract(
                 opened, dataset, teacher, requests, known, threads=decoding, source=absolute_spec(split_name(spec)[1])
             )
             check_memory(opened.card, teacher.name, teacher.card, record.taps.values(), running.at_once())
+            if known is None:
+                check_manifest(opened.card, teacher.name, record.taps)
             measured[teacher.name] = (record, encoders)
             prepared.extend([(teacher, requests)] * alone)
 

@@ -38,7 +38,7 @@ def account(store: Store, record: TeacherRecord, timing: Timing, seconds: float,
         entry.size
         for view, manifest in manifests.items()
         for key, entry in manifest.objects.items()
-        if key.startswith(f"teachers/{record.name}/views/{view}/")
+        if key.startswith(own := f"teachers/{record.name}/views/{view}/") and not key.startswith(f"{own}receipts/")
     )
     return {
         "mask": mask_facts(record.card),

@@ -28,7 +28,7 @@ from hdcache.extract.machines import Fingerprint, check_difference, check_versio
 from hdcache.extract.opening import dataset_differences
 from hdcache.extract.pipeline import Pipeline
 from hdcache.extract.writer import ViewWriter
-from hdcache.integrity import teacher_ledger
+from hdcache.ledgers import teacher_ledger
 from hdcache.reader import TeacherReader
 from hdcache.records import Record
 from hdcache.resources import available_cores, keep_freed_memory

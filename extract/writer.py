@@ -19,7 +19,8 @@ from hdcache.errors import StoreCorrupt, StoreMismatch
 from hdcache.extract.pixel_digests import DIGEST_CARD, PIXEL_DIGESTS, keeps_digests
 from hdcache.geometry import read_shard_geometry
 from hdcache.index import write_index
-from hdcache.integrity import Ledger, teacher_ledger, view_ledger
+from hdcache.leases import check_held
+from hdcache.ledgers import Ledger, teacher_ledger, view_ledger
 from hdcache.resources import available_cores
 from hdcache.row_arrays import MASK_ARRAY, Parts, codec_of, mask_array, row_bytes
 from hdcache.schema import ArrayCard, Receipt, StoredObject, TapCard, TeacherRecord
@@ -238,8 +239,8 @@ class ViewWriter:
 
     def _write_array(self, shard: int, key: str, block: NDArray[np.generic], each: Map) -> tuple[str, StoredObject]:
         writer = self._writers[key]
-        data = writer.encode(shard, block, each)
-        path = f"{key}/{writer.key(shard)}"
+        data, path = writer.encode(shard, block, each), f"{key}/{writer.key(shard)}"
+        check_held(self.store.path)  # encoding takes its time
         return path, durable_write(self.ledger.folder / path, data)
 
     def _view_lock(self) -> filelock.BaseFileLock:
@@ -293,8 +294,7 @@ class ViewWriter:
         StoreMismatch
             when the numbers of a row that the teacher stores are lost, and its image is gone or has changed.
         """
-        stored = self.ledger.receipt(shard)
-        start = shard * self.store.card.rows_per_shard
+        stored, start = self.ledger.receipt(shard), shard * self.store.card.rows_per_shard
         span = (start, start + len(rows))
         with self._view_lock():
             if stored is None or self.geometry.receipt(shard) is not None:

@@ -71,7 +71,7 @@ def cli() -> None:
 @click.option("--compat-dino", is_flag=True, help="Top-5 as DINO's script counts it (credits classes without a vote).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
 @click.option("--batch-size", default=64, show_default=True, help="Images per forward pass.")
-@click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Decoding threads.  [default: the cores]")
 @click.option("--output", type=click.Path(path_type=Path), help="Also write the result to this JSON file.")
 @output
 def knn_eval(as_json: bool, quiet: bool, verbose: int, **settings: Any) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from hdcache.cli_options import output, prepare, print_result
+from hdcache.cli_options import folder, output, prepare, print_result, reported
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", callback=folder)
 @click.option("--quick", is_flag=True, help="Sizes only, no checksums.")
 @click.option(
     "--live",
@@ -33,7 +34,7 @@ from hdcache.cli_options import output, prepare, print_result
 )
 @click.option("--data", help="--live, --replay: the data set, if it has moved and the store does not keep its images.")
 @click.option("--device", default="auto", show_default=True, help="--live: auto, cpu, cuda, cuda:1, mps.")
-@click.option("--threads", type=int, help="--live, --replay: decoding threads.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="--live, --replay: decoding threads.  [default: the cores]")
 @click.option("--seed", default=0, show_default=True, help="--live, --replay: which rows are drawn.")
 @output
 @click.pass_context
@@ -46,54 +47,89 @@ def verify(
     With --live or --replay sizes are checked first, and checksums of what is read alone.
     """
     prepare(quiet, verbose)
-    from dataclasses import asdict
-
     from hdcache.errors import StoreCorrupt
-    from hdcache.integrity import verify as run
-    from hdcache.progress import Progress, size
+    from hdcache.progress import counted
     from hdcache.store import Store
 
     _check_options(context, live, replay)
-    opened = Store.open(store)
+    result: dict[str, Any] = {}
+    lines: list[str] = []
+    with reported(result, lines, as_json):
+        opened = Store.open(store)
+        drawn |= _check_rows(opened, live, replay, min_cosine, device, drawn)
+        good = _check_objects(opened, quick or live is not None or replay is not None, quiet, result, lines)
+        checks: list[dict[str, Any]] = []
+        for option, rows in (("replay", replay), ("live", live)):
+            if rows is None:
+                continue
+            if not good:
+                result[option] = None
+                lines.append(f"--{option}: not run; mend what is damaged first")
+            elif option == "replay":
+                from hdcache.extract.replay import format_replay
+                from hdcache.extract.replay import replay as again
+
+                checks.append(again(opened, rows, **drawn, quiet=quiet))
+                lines += format_replay(checks[-1])
+                result[option] = checks[-1]
+            else:
+                from hdcache.extract.audit import audit, format_audit
+
+                checks.append(audit(opened, rows, min_cosine=min_cosine, device=device, **drawn, quiet=quiet))
+                lines += format_audit(checks[-1])
+                result[option] = checks[-1]
+    faults = [fault for check in checks for fault in check["faults"]]
+    result["good"] = good and not faults
+    print_result(result, "\n".join(lines), as_json)
+    if not good:
+        raise StoreCorrupt(
+            f"{store}: {counted(len(result['faults']), 'damaged objects')}, listed above; 'hdcache repair {store}' makes them again, or "
+            "takes them from a good copy (--from COPY)"
+        )
+    if faults:
+        more = f" (and {len(faults) - 1} more, listed above)" if len(faults) > 1 else ""
+        raise StoreCorrupt(f"{store}: {faults[0]}{more}")
+
+
+def _check_rows(
+    store: Any, live: int | None, replay: int | None, min_cosine: float | None, device: str, drawn: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Refuse what cannot be meant before any object is looked at; the images, opened once, if they are there to be opened."""
+    if live is None and replay is None:
+        return {}
+    from hdcache.extract.checked_rows import check_asked
+
+    if live is not None:
+        from hdcache.extract.audit import check_audit
+
+        check_audit(store, live, min_cosine, device)
+    rows = min(number for number in (live, replay) if number is not None)
+    found = check_asked(store, rows, drawn["teachers"], drawn["data"], drawn["threads"])
+    return {"data": drawn["data"] if found is None else found}
+
+
+def _check_objects(store: Any, quick: bool, quiet: bool, result: dict[str, Any], lines: list[str]) -> bool:
+    """Compare every object with what the store lists, and say what was found; whether all is good."""
+    from dataclasses import asdict
+
+    from hdcache.integrity import verify
+    from hdcache.progress import Progress, size
+
     with Progress("verify", 0, "bytes", quiet=quiet) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
             bar.advance(done - bar.done)
 
-        found = run(opened, quick=quick or live is not None or replay is not None, progress=advance)
-    lines = [
+        found = verify(store, quick=quick, progress=advance)
+    lines.append(
         f"{found.objects:,} objects, {size(found.bytes)}: {'all good' if found.good else f'{len(found.faults)} damaged'}"
-    ]
+    )
     lines += [f"not sealed yet: {key}" for key in found.unsealed]
     lines += [f"not part of the store: {key}" for key in found.unlisted]
     lines += found.faults
-    result = asdict(found) | {"good": found.good}
-    checks: list[dict[str, Any]] = []
-    if replay is not None and found.good:
-        from hdcache.extract.replay import format_replay
-        from hdcache.extract.replay import replay as again
-
-        checks.append(again(opened, replay, **drawn, quiet=quiet))
-        result["replay"] = checks[-1]
-        lines += format_replay(checks[-1])
-    if live is not None and found.good:
-        from hdcache.extract.audit import audit, format_audit
-
-        checks.append(audit(opened, live, min_cosine=min_cosine, device=device, **drawn, quiet=quiet))
-        result["live"] = checks[-1]
-        lines += format_audit(checks[-1])
-    faults = [fault for check in checks for fault in check["faults"]]
-    result["good"] = found.good and not faults
-    print_result(result, "\n".join(lines), as_json)
-    if not found.good:
-        raise StoreCorrupt(
-            f"{store}: {len(found.faults)} damaged objects, listed above; 'hdcache repair {store}' makes them again, or takes them "
-            "from a good copy (--from COPY)"
-        )
-    if faults:
-        more = f" (and {len(faults) - 1} more, listed above)" if len(faults) > 1 else ""
-        raise StoreCorrupt(f"{store}: {faults[0]}{more}")
+    result |= asdict(found) | {"good": found.good}
+    return found.good
 
 
 def _check_options(context: click.Context, live: int | None, replay: int | None) -> None:
@@ -112,9 +148,13 @@ def _check_options(context: click.Context, live: int | None, replay: int | None)
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", callback=folder)
 @click.option(
-    "--from", "copy", metavar="COPY", help="Take what is damaged from this folder, another copy of the same store."
+    "--from",
+    "copy",
+    metavar="COPY",
+    callback=folder,
+    help="Take what is damaged from this folder, another copy of the same store.",
 )
 @click.option("--data", help="The data set, if it has moved and the store does not keep its images.")
 @click.option(
@@ -127,7 +167,7 @@ def _check_options(context: click.Context, live: int | None, replay: int | None)
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps: the one that extracted."
 )
-@click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Decoding threads.  [default: the cores]")
 @click.option("--quick", is_flag=True, help="Look for damage by sizes only, no checksums.")
 @click.option("--dry-run", is_flag=True, help="Only say what is damaged, and how it would be mended.")
 @click.option(
@@ -140,22 +180,19 @@ def repair(as_json: bool, quiet: bool, verbose: int, store: str, **settings: Any
     Whatever is replaced is replaced by bytes of the recorded sha256, so that every seal stays as it was. Exit 5 if something is left.
     """
     prepare(quiet, verbose)
-    from hdcache.errors import UsageError
     from hdcache.extract.repair import check_repaired, format_repair
     from hdcache.extract.repair import repair as run
     from hdcache.resources import keep_freed_memory
 
-    for text in settings["teachers"]:
-        if "=" not in text:
-            raise UsageError(f"--teacher {text}: say where its weights are: --teacher {text}=MODEL")
     keep_freed_memory()
-    result = run(store, **settings, quiet=quiet)
+    with reported({}, [], as_json):
+        result = run(store, **settings, quiet=quiet)
     print_result(result, format_repair(result), as_json)
     check_repaired(result)
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", callback=folder)
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("--unlisted", is_flag=True, help="Remove files too that no record lists.")
 @output

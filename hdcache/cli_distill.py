@@ -48,7 +48,7 @@ from hdcache.resources import keep_freed_memory
 )
 @click.option("--num-views", type=int, help="Views to go through, one per epoch.  [default: all that are stored]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
-@click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Decoding threads.  [default: the cores]")
 @click.option("--knn-train", help="Labelled data set: measure the student's k-NN accuracy on the way (metrics.jsonl).")
 @click.option("--knn-test", help="Labelled data set to classify.  [default: leave-one-out on --knn-train]")
 @click.option("--knn-every", type=int, metavar="EPOCHS", help="Epochs from one measurement to the next.  [default: 1]")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from hdcache.errors import printable
+from hdcache.errors import HdcacheError, printable
 
 Command = Callable[..., Any]
 ENGINE_OPTIONS = ("engine", "workers", "scheduler", "worker_resource", "worker_timeout")
@@ -39,7 +40,7 @@ def extraction(command: Command) -> Command:
             click.option("--precision", default="auto", show_default=True, help="Teacher arithmetic: auto, bf16, fp32."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
             click.option("--batch", default=32, show_default=True, help="Images per forward pass."),
-            click.option("--threads", type=int, help="Decoding threads of a process.  [default: its share of the cores]"),
+            click.option("--threads", type=click.IntRange(min=1), help="Decoding threads of a process.  [default: its share of the cores]"),
             click.option("--rows-per-shard", default=256, show_default=True, help="Rows written, and lost, as one."),
             click.option("--max-failures", type=int, help="Stop when more images than this cannot be read.  [default: never]"),
             click.option("--engine", help="Who extracts: inline (this process), local (--workers), dask (--scheduler); the store is the same.  [default: what is given of them, else inline]"),
@@ -116,6 +117,28 @@ class _Printable(logging.Formatter):
 def print_result(result: Any, text: str, as_json: bool) -> None:
     """``result`` as JSON, or ``text``, on stdout."""
     click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else printable(text))
+
+
+@contextmanager
+def reported(result: dict[str, Any], lines: list[str], as_json: bool) -> Iterator[None]:
+    """What was found before an error ended a command is printed still; as JSON with the error, so that there is always some to read."""
+    try:
+        yield
+    except HdcacheError as error:
+        if as_json or lines:
+            text = str(error.args[-1]) if error.args else type(error).__name__
+            found = result | {"good": False, "error": text, "exit_code": error.exit_code}
+            print_result(found, "\n".join(lines), as_json)
+        raise
+
+
+def folder(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The name of a store's folder; an empty one would be the current folder."""
+    if value == "":
+        raise click.UsageError(
+            f"{parameter.opts[0] if parameter.opts[0].startswith('-') else 'STORE'} is empty; name the folder of a store"
+        )
+    return value
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

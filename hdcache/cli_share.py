@@ -29,7 +29,7 @@ from hdcache.cli_options import Command, output, prepare, print_result
 @click.option("--images", is_flag=True, help="The view's pixels too, as the teachers saw them: uint8, in tars as PNG.")
 @click.option("--data", help="Data set for --images, when the store does not keep it or it has moved.")
 @click.option("--rows-per-shard", type=int, help="Rows of a file.  [default: 1024, or what 256 MiB hold]")
-@click.option("--threads", type=int, help="Decoding threads.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Decoding threads.  [default: the cores]")
 @click.option("--dry-run", is_flag=True, help="Say how many bytes that will be, and write nothing.")
 @output
 def export_store(

@@ -14,6 +14,7 @@ from typing import Any
 from hdcache.array_metadata import names_in, read_record
 from hdcache.durable import stored_object
 from hdcache.errors import HdcacheError, StoreUnreadable
+from hdcache.held import held_taps
 from hdcache.records import canonical_json
 from hdcache.schema import StoreCard, TapCard, TeacherRecord
 from hdcache.store import PIXELS, Store, is_view
@@ -88,11 +89,13 @@ def _sealed_views(store: Store, key: str) -> list[int]:
 
 
 def _teachers(store: Store) -> Iterator[tuple[str, tuple[TeacherRecord, list[int]]]]:
-    """Record and sealed views of each teacher that has any."""
+    """Record, with the taps that this copy has, and sealed views of each teacher that has any."""
     for name in store.teachers():
         with _whole():
             if views := store.views(name):
-                yield name, (store.teacher(name), views)
+                record, held = store.teacher(name), held_taps(store, name)
+                here = {tap: card for tap, card in record.taps.items() if held is None or tap in held}
+                yield name, (record.model_copy(update={"taps": here}), views)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from hdcache.array_metadata import names_in
 from hdcache.arrays import ArrayReader
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
-from hdcache.index import check_records
-from hdcache.integrity import view_ledger
+from hdcache.index import check_seal
+from hdcache.ledgers import view_ledger
 from hdcache.schema import Manifest, StoredObject
 from hdcache.store import GEOMETRY_COLUMNS, Store, geometry_columns, is_view
 
@@ -36,8 +36,10 @@ def geometry_manifest(store: Store, view: int) -> Manifest:
     """
     ledger = view_ledger(store, view)
     if not ledger.sealed:
-        check_records(store, ())
-        raise InputNotFound(f"{store.path}: view {view} is not complete; run the same 'hdcache extract' command again")
+        check_seal(store, ledger.key)
+        raise InputNotFound(
+            f"{ledger.folder}: view {view} is not complete; run the same 'hdcache extract' command again"
+        )
     manifest, count = ledger.proved_manifest(), store.card.dataset.count
     if (manifest.teacher, manifest.view, manifest.rows) != ("", view, count) or not all(
         0 <= row < count for row in manifest.failed

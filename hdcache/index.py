@@ -1,40 +1,37 @@
 """``index.json``: what a copy of a store needs and no manifest lists. ``held.json``: which taps a copy has.
 
-A reader of a bucket or of a plain web server cannot list a folder. From the index follow the manifests, the receipts and the
-records; from a manifest all of its objects; from ``samples/receipt.json`` the sample ids and labels. The index is derived: it
+A reader of a bucket or of a plain web server cannot list a folder. From the index follow the manifests and the records; from a
+manifest all of its objects and receipts; from ``samples/receipt.json`` the sample ids and labels. The index is derived: it
 lists sealed ledgers only, and whoever seals writes it anew. No torch here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
 
 import filelock
-from pydantic import FailFast
 
-from hdcache.array_metadata import contained, names_in, read_json, read_record
+from hdcache.array_metadata import names_in, read_record
 from hdcache.croissant import croissant_json
 from hdcache.durable import durable_write, stored_object
 from hdcache.errors import StoreCorrupt
-from hdcache.ledgers import INDEX as INDEX
-from hdcache.ledgers import MANIFEST, RECEIPTS, SAMPLES_RECEIPT, Ledger
-from hdcache.ledgers import Index as Index
-from hdcache.ledgers import read_index as read_index
-from hdcache.records import NAME, Record
-from hdcache.schema import Objects, StoredObject
+from hdcache.held import HELD as HELD
+from hdcache.held import Held as Held
+from hdcache.held import held_taps as held_taps
+from hdcache.ledgers import INDEX, MANIFEST, RECEIPTS, SAMPLES_RECEIPT, Index, Ledger, lists_receipts, read_index
+from hdcache.records import NAME
+from hdcache.schema import StoredObject
 from hdcache.store import PIXELS, ROOT_LOCK, Store, is_view
 
-HELD, CROISSANT = "held.json", "croissant.json"
+CROISSANT = "croissant.json"
 RECORDS = (CROISSANT, "zarr.json", SAMPLES_RECEIPT, "samples/zarr.json", "views/zarr.json", "teachers/zarr.json")
 
-
-class Held(Record):
-    """Which taps of a teacher this copy of a store has; written beside the teacher's record by a partial copy alone."""
-
-    taps: Annotated[tuple[str, ...], FailFast()]
+LOST = f"missing, though it was there when {INDEX} was written"
+_LASTING = re.compile(
+    rf"(?:samples/pixels|(?:teachers/[^/]+/)?views/\d+)/{re.escape(MANIFEST)}|teachers/[^/]+/zarr\.json"
+)
 
 
 def sealed_ledgers(store: Store) -> list[Ledger]:
@@ -60,9 +57,11 @@ def build_index(store: Store, known: Index | None = None) -> Index:
     teachers = [f"teachers/{name}/zarr.json" for name in store.teachers()]
     objects = _listed(store.path, [*RECORDS, *teachers])
     for ledger in sealed_ledgers(store):
-        manifest = f"{ledger.key}/{MANIFEST}"
-        objects |= _listed(store.path, [manifest])
-        folder = f"{ledger.key}/{RECEIPTS}/"
+        manifest, folder = f"{ledger.key}/{MANIFEST}", f"{ledger.key}/{RECEIPTS}/"
+        data = read_record(store.path / manifest)
+        objects[manifest] = stored_object(data)
+        if lists_receipts(data, ledger.key):
+            continue
         if before.get(manifest) == objects.get(manifest):
             objects |= {key: entry for key, entry in before.items() if key.startswith(folder)}
             continue
@@ -92,73 +91,97 @@ def write_index(store: Store) -> Index:
                 durable_write(store.path / INDEX, known.checked())
             durable_write(path, described)
         index = build_index(store, known)
+        if known is not None and (lost := {key: known.objects[key] for key in _missing(store.path)}):
+            # Nothing else remembers that they were there.
+            index = Index(objects=dict(sorted((lost | index.objects).items())))
         if index != known:
             durable_write(store.path / INDEX, index.checked())
         return index
 
 
 def lost_records(store: Store, teachers: Iterable[str] | None = None) -> list[str]:
-    """Keys of records that are gone while what was made after them is there: of the views, and of ``teachers`` (None: of all).
+    """Keys of records that are gone: of the views and kept samples, and of ``teachers`` (None: of all).
 
-    Without them a store looks like one that never had these teachers or views, and readers would go on with what is left. A ledger whose
-    failed rows are tried again has no seal either, but then a receipt is missing too, or the index does not list the seal.
+    Without them a store looks like one that never had these teachers or views, and readers would go on with what is left. A ledger
+    whose failed rows are tried again has no seal either, but the index does not list it: that is taken back first.
+
+    Raises
+    ------
+    StoreCorrupt
+        when the index cannot be read: no kill leaves it so, and it alone may know what is gone.
     """
-    folder = store.path / "teachers"
-    names = teachers if teachers is not None else [name for name in names_in(folder) if NAME.fullmatch(name)]
-    found, unsealed = [], []
-    for name in ["", *sorted(names)]:
-        views = Path("teachers", name, "views") if name else Path("views")
-        here = [(store.path / views / str(number)) for number in _views(store.path / views)]
-        if name and not (folder / name / "zarr.json").is_file() and any((path / MANIFEST).is_file() for path in here):
-            found.append(f"teachers/{name}/zarr.json")
-        unsealed += [f"{views}/{path.name}" for path in here if not (path / MANIFEST).is_file()]
-    unsealed += [PIXELS] * ((store.path / PIXELS).is_dir() and not (store.path / PIXELS / MANIFEST).is_file())
-    known: Objects = {}
-    if unsealed:
-        with suppress(StoreCorrupt):  # it is derived
-            known = getattr(read_index(store.path), "objects", {})
-    shards = -(-store.card.dataset.count // store.card.rows_per_shard)
-    for key in unsealed:
-        receipts = (store.path / key / RECEIPTS / f"{number}.json" for number in range(shards))
-        if f"{key}/{MANIFEST}" in known and all(path.is_file() for path in receipts):
-            found.append(f"{key}/{MANIFEST}")
-    return found
+    names = set(names_in(store.path / "teachers") if teachers is None else teachers)
+    found = [
+        key for key in _missing(store.path) if (teacher := _teacher(key)) == "" or teachers is None or teacher in names
+    ]
+    for name in sorted(filter(NAME.fullmatch, names)):
+        key, views = f"teachers/{name}/zarr.json", store.path / "teachers" / name / "views"
+        sealed = any((views / str(number) / MANIFEST).is_file() for number in _views(views))
+        if sealed and key not in found and not (store.path / key).is_file():
+            found.append(key)
+    if not (store.path / INDEX).is_file():
+        found += _unseen(store, names)
+    return sorted({*found})
+
+
+def _unseen(store: Store, teachers: Iterable[str]) -> list[str]:
+    """Seals of views of which sealed rows of teachers are there, which are sealed after them."""
+    rows = (store.path / "teachers" / name / "views" for name in teachers if NAME.fullmatch(name))
+    sealed = {number for views in rows for number in _views(views) if (views / str(number) / MANIFEST).is_file()}
+    keys = [f"views/{number}/{MANIFEST}" for number in sorted(sealed)]
+    return [key for key in keys if not (store.path / key).is_file()]
+
+
+def _missing(root: Path) -> list[str]:
+    """Seals and teachers' records that the index lists and that are not there."""
+
+    def missing() -> set[str]:
+        known = read_index(root)
+        keys = () if known is None else known.objects
+        return {key for key in keys if _LASTING.fullmatch(key) and not (root / key).is_file()}
+
+    # Twice: a seal may be withdrawn between two looks.
+    return sorted(missing() and missing())
+
+
+def _teacher(key: str) -> str:
+    parts = key.split("/")
+    return parts[1] if parts[0] == "teachers" else ""
 
 
 def check_records(store: Store, teachers: Iterable[str] | None = None) -> None:
-    """:class:`StoreCorrupt` names the first of the :func:`lost_records`."""
+    """:class:`StoreCorrupt` names the first of the :func:`lost_records`, or the store's own record where it is another."""
+    known = read_index(store.path)
+    root = None if known is None else known.objects.get("zarr.json")
+    if root is not None and stored_object(read_record(store.path / "zarr.json")) != root:
+        raise StoreCorrupt(
+            f"{store.path}/zarr.json: not the record that {INDEX} lists; take it from a copy: hdcache repair "
+            f"{store.path} --from COPY"
+        )
     for key in lost_records(store, teachers):
         raise StoreCorrupt(
-            f"{store.path}/{key}: missing, and all that it speaks of is there; 'hdcache repair {store.path}' makes it again"
+            f"{store.path}/{key}: {LOST}; 'hdcache repair {store.path}' says how to get it back (if you removed it, delete {INDEX} too)"
+        )
+
+
+def check_seal(store: Store, ledger: str) -> None:
+    """:class:`StoreCorrupt` where a ledger is not sealed and the index lists its seal."""
+    if f"{ledger}/{MANIFEST}" in _missing(store.path):
+        raise StoreCorrupt(
+            f"{store.path}/{ledger}/{MANIFEST}: {LOST}; 'hdcache repair {store.path}' says how to get it back"
         )
 
 
 def check_seals(store: Store) -> None:
     """As :func:`check_records` of all teachers, and :class:`StoreCorrupt` for a seal that is none that the index lists."""
     check_records(store)
-    known: Objects = {}
-    with suppress(StoreCorrupt):  # it is derived
-        known = getattr(read_index(store.path), "objects", {})
-    for key, entry in known.items():
+    known = read_index(store.path)
+    for key, entry in () if known is None else known.objects.items():
         path = store.path / key
         if path.name == MANIFEST and path.is_file() and stored_object(read_record(path)) != entry:
             raise StoreCorrupt(
                 f"{path}: not the seal that {INDEX} lists; run the same 'hdcache extract' again, or copy the store again"
             )
-
-
-def held_taps(store: Store, teacher: str) -> frozenset[str] | None:
-    """The taps that this copy has of a teacher; None where it has them all.
-
-    Raises
-    ------
-    StoreCorrupt
-        when the note that says so cannot be read.
-    """
-    path = contained(store.path, f"teachers/{teacher}") / HELD
-    if not path.is_file():
-        return None
-    return frozenset(Held.parse(read_json(path), path).taps)
 
 
 def is_held(key: str, teacher: str, taps: frozenset[str] | None) -> bool:

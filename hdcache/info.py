@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from hdcache.index import check_seals
-from hdcache.integrity import Ledger
+from hdcache.ledgers import Ledger
 from hdcache.masks import mask_facts, mask_text
 from hdcache.progress import size
 from hdcache.schema import TapCard, TeacherRecord
@@ -55,11 +55,11 @@ def describe_pixels(store: Store) -> dict[str, Any] | None:
 
 
 def describe_teacher(store: Store, name: str) -> dict[str, Any]:
-    """One teacher: its card, taps, certificates, sizes and seals."""
+    """One teacher: its card, seals, and certificates and sizes of the taps that are here."""
     record, rows = store.teacher(name), StoredRows(store, name)
     views = {}
     # Beside the taps lie which tokens a masked teacher saw, and digests of some rows' pixels.
-    stored: dict[str, int] = dict.fromkeys([*record.taps, "mask", "pixels"], 0)
+    stored: dict[str, int] = dict.fromkeys([*rows.record.taps, "mask", "pixels"], 0)
     sealed_rows = 0
     for view in store.views(name):
         manifest = rows.manifest(view)
@@ -80,7 +80,9 @@ def describe_teacher(store: Store, name: str) -> dict[str, Any]:
         "sealed_views": views,
         "unsealed_views": unsealed,
         "bytes": sum(stored.values()),
-        "taps": {tap: _tap(record, card, stored[tap], sealed_rows) for tap, card in record.taps.items()},
+        "held": sorted(rows.record.taps) if rows.elsewhere else None,
+        "elsewhere": list(rows.elsewhere),
+        "taps": {tap: _tap(record, card, stored[tap], sealed_rows) for tap, card in rows.record.taps.items()},
     }
 
 
@@ -126,6 +128,11 @@ def views_text(views: Mapping[str, Any]) -> str:
     return f"{geometry}, flip {views['flip']:g}, seed {views['seed']}"
 
 
+def held_text(held: Collection[str], elsewhere: Collection[str]) -> str:
+    """What a copy has of a teacher's taps, in words."""
+    return f"held {', '.join(sorted(held)) or 'none'} of {len(held) + len(elsewhere)} taps"
+
+
 def format_store(facts: dict[str, Any]) -> str:
     """The description as a page of text."""
     data = facts["dataset"]
@@ -151,6 +158,7 @@ def format_store(facts: dict[str, Any]) -> str:
             f"          from {teacher['source']}, licence {teacher['licence']}, id {teacher['identity'][:16]}",
             f"          sealed views: {seals or 'none'}"
             + (f"; not complete: {teacher['unsealed_views']}" if teacher["unsealed_views"] else ""),
+            *([f"          {held_text(teacher['taps'], teacher['elsewhere'])}"] if teacher["elsewhere"] else []),
             f"          {'tap':<18}{'encoding':<10}{'rel. RMSE':>10}{'cosine':>9}{'bits/value':>12}{'bytes':>11}{'vs fp16':>9}",
         ]
         for tap, entry in teacher["taps"].items():

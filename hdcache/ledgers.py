@@ -18,9 +18,10 @@ from pathlib import Path
 import filelock
 from pydantic import Field
 
-from hdcache.array_metadata import contained, read_json, read_record
+from hdcache.array_metadata import RECORD_BYTES, contained, read_json, read_record
 from hdcache.durable import PARTIAL, durable_move, durable_unlink, durable_write, stored_object
 from hdcache.errors import StoreCorrupt
+from hdcache.leases import check_held
 from hdcache.records import CheckedRecord
 from hdcache.schema import FORMAT, Manifest, Objects, Receipt, StoredObject
 from hdcache.store import ROOT_LOCK, Store
@@ -34,7 +35,8 @@ class Index(CheckedRecord):
 
     format: int = FORMAT
     objects: Objects = Field(default_factory=dict)
-    """Relative to the store's root: groups' records, the samples' receipt; of every sealed ledger its manifest and receipts."""
+    """Relative to the store's root: groups' records, the samples' receipt; of every sealed ledger its manifest (and its receipts,
+    where that was written by a version whose manifests did not list them)."""
 
 
 def read_index(path: Path) -> Index | None:
@@ -42,6 +44,15 @@ def read_index(path: Path) -> Index | None:
     if not (path / INDEX).is_file():
         return None
     return Index.parse(read_json(path / INDEX), path / INDEX)
+
+
+def lists_receipts(manifest: bytes, ledger: str) -> bool:
+    """Whether a manifest, as it is written, lists the receipts of its shards; those of earlier versions did not."""
+    return f'"{ledger}/{RECEIPTS}/'.encode() in manifest
+
+
+def _without_receipts(objects: Objects, ledger: str) -> Objects:
+    return {key: entry for key, entry in objects.items() if not key.startswith(f"{ledger}/{RECEIPTS}/")}
 
 
 @dataclass
@@ -98,23 +109,34 @@ class Ledger:
         return receipt
 
     def record(self, receipt: Receipt) -> None:
-        """Write a shard's receipt; its objects must be durable already."""
+        """Write a shard's receipt; its objects must be durable already.
+
+        Raises
+        ------
+        StoreLocked
+            here, and wherever something is withdrawn, replaced or sealed, when the lease was lost meanwhile.
+        """
+        check_held(self.root)
         durable_write(self.folder / RECEIPTS / f"{receipt.shard}.json", receipt.checked())
 
     def unseal(self) -> None:
         """Withdraw the seal before rows that failed are tried again; the index lists it no more, so that nobody misses it."""
         if not self.sealed:
             return
+        check_held(self.root)
         own = f"{self.key}/{MANIFEST}", f"{self.key}/{RECEIPTS}/"
-        with filelock.FileLock(self.root / ROOT_LOCK), suppress(StoreCorrupt):  # it is derived
-            known = read_index(self.root)
-            if known is not None and own[0] in known.objects:
-                others = {key: entry for key, entry in known.objects.items() if not key.startswith(own)}
-                durable_write(self.root / INDEX, known.model_copy(update={"objects": others}).checked())
-        durable_unlink(self.folder / MANIFEST)
+        # Both under the lock: who writes the index meanwhile must not list again what is about to go.
+        with filelock.FileLock(self.root / ROOT_LOCK):
+            with suppress(StoreCorrupt):  # it is derived
+                known = read_index(self.root)
+                if known is not None and own[0] in known.objects:
+                    others = {key: entry for key, entry in known.objects.items() if not key.startswith(own)}
+                    durable_write(self.root / INDEX, known.model_copy(update={"objects": others}).checked())
+            durable_unlink(self.folder / MANIFEST)
 
     def withdraw(self, shard: int) -> None:
         """Forget that a shard is complete, before its objects are overwritten: a kill must not leave a false receipt."""
+        check_held(self.root)
         durable_unlink(self.folder / RECEIPTS / f"{shard}.json")
 
     def aside(self, key: str) -> Path:
@@ -124,6 +146,7 @@ class Ledger:
 
     def replace(self, receipt: Receipt) -> None:
         """Put a shard whose objects lie :meth:`aside`, durable, in the place of what was there; its receipt comes last."""
+        check_held(self.root)
         durable_write(self.aside(f"{RECEIPTS}/{receipt.shard}.json"), receipt.checked())
         self.settle(receipt.shard)
 
@@ -153,29 +176,59 @@ class Ledger:
         """Write the manifest, last and create-only; an equal one is left as it is.
 
         ``static`` lists objects by key relative to the store's root: metadata, constants, weights.
+
+        Raises
+        ------
+        StoreCorrupt
+            when receipts are missing, an object of ``static`` is missing or of another size, or another seal is there.
         """
+        check_held(self.root)
+        receipts = list(receipts)
         total = total_of(self.key, receipts)
         if total.covered != rows:
             raise StoreCorrupt(
                 f"{self.folder}: receipts cover {total.covered} of {rows} rows; run the same 'hdcache extract' again"
             )
+        for key, listed in static.items():
+            if (found := file_size(f"{self.root}/{key}")) != listed.size:
+                there = "missing" if found is None else f"{found} bytes"
+                raise StoreCorrupt(
+                    f"{self.root / key}: {there}, expected {listed.size} bytes; not sealed: run the same command again, or "
+                    f"'hdcache repair {self.root}'"
+                )
         manifest = Manifest(
             teacher=teacher,
             identity=identity,
             view=view,
             rows=rows,
-            objects=dict(sorted({**self.records(teacher), **static, **total.objects}.items())),
+            objects=dict(
+                sorted({**self.records(teacher), **static, **total.objects, **self._written(receipts)}.items())
+            ),
             failed=dict(sorted(total.failed.items())),
             saturated=total.saturated,
         )
+        data = manifest.checked()
+        if len(data) > RECORD_BYTES:
+            raise StoreCorrupt(
+                f"{self.folder / MANIFEST}: {len(data):,} bytes, for {len(manifest.objects):,} objects and {len(manifest.failed):,} "
+                "failed rows, are more than a record may have; extract into a store with larger --rows-per-shard"
+            )
         try:
-            durable_write(self.folder / MANIFEST, manifest.checked(), create_only=True)
+            durable_write(self.folder / MANIFEST, data, create_only=True)
         except FileExistsError:
-            if self.manifest().digest() != manifest.digest():
+            known = self.manifest()
+            if not lists_receipts(known.canonical(), self.key):  # an earlier version sealed it
+                manifest = manifest.model_copy(update={"objects": _without_receipts(manifest.objects, self.key)})
+            if known.digest() != manifest.digest():
                 raise StoreCorrupt(
                     f"{self.folder / MANIFEST}: already sealed with other content; run 'hdcache verify'"
                 ) from None
         return manifest
+
+    def _written(self, receipts: Iterable[Receipt]) -> dict[str, StoredObject]:
+        """Receipts as they lie there: an earlier version may have spelled them."""
+        keys = [f"{RECEIPTS}/{receipt.shard}.json" for receipt in receipts]
+        return {f"{self.key}/{key}": stored_object(read_record(self.folder / key)) for key in keys}
 
     def records(self, teacher: str) -> dict[str, StoredObject]:
         """The records that this seal rests on and that never change; the manifest's digest covers them too."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import filelock
 
 from hdcache.durable import PARTIAL, durable_unlink
 from hdcache.errors import StoreLocked
 from hdcache.integrity import verify
-from hdcache.leases import lease
+from hdcache.leases import check_held, lease
 from hdcache.progress import counted, size
-from hdcache.store import LEASE, PIXELS, Store
+from hdcache.store import GC_LOCK, LEASE, PIXELS, ROOT_LOCK, Store
+
+PATIENCE = 5.0
+"""Seconds that the root lock is waited for, which others hold for moments."""
 
 
 @dataclass
@@ -35,11 +40,22 @@ class Leftovers:
 def collect(store: Store, *, unlisted: bool = False, dry_run: bool = False) -> Leftovers:
     """Remove unfinished files that nobody writes any more; with ``unlisted`` files too that no record lists.
 
-    All leases of the store are held meanwhile. While somebody else has one, nothing is removed.
+    All leases of the store are held meanwhile, and the root lock, which everybody passes who takes one: who begins now waits.
+    While somebody else has one, nothing is removed.
     """
     found = Leftovers()
     with ExitStack() as held:
-        names = {path.name for path in store.path.glob(".*.lock")} - {".lock"}
+        try:
+            held.enter_context(filelock.FileLock(store.path / ROOT_LOCK, timeout=PATIENCE))
+            # Where that lock does not reach other machines, its note says that nobody may begin there.
+            held.enter_context(lease(store.path / GC_LOCK))
+        except filelock.Timeout:
+            found.busy.append(f"{store.path} is being written by another process; wait for it")
+            return found
+        except StoreLocked as error:
+            found.busy.append(str(error))
+            return found
+        names = {path.name for path in store.path.glob(".*.lock")} - {ROOT_LOCK, GC_LOCK}
         names |= {f".{name}.lock" for name in (*store.teachers(), PIXELS.replace("/", "+"))}
         for name in sorted(names):
             try:
@@ -50,20 +66,28 @@ def collect(store: Store, *, unlisted: bool = False, dry_run: bool = False) -> L
             return found
         for path in sorted(store.path.rglob(".*")):
             if path.is_file() and not path.is_symlink() and path.name.endswith((PARTIAL, LEASE)):
-                found.partial[path.relative_to(store.path).as_posix()] = path.stat().st_size
+                _note(found.partial, store, path.relative_to(store.path).as_posix())
         if unlisted:
-            others = [key for key in verify(store, quick=True).unlisted if key not in found.partial]
-            found.unlisted = {key: (store.path / key).lstat().st_size for key in others}
+            for key in verify(store, quick=True).unlisted:
+                if key not in found.partial:
+                    _note(found.unlisted, store, key)
         if not dry_run:
             for key in (*found.partial, *found.unlisted):
+                check_held(store.path)
                 _remove(store.path / key)
             found.removed = True
     return found
 
 
+def _note(found: dict[str, int], store: Store, key: str) -> None:
+    # A worker whose command was killed may finish or give up a file even now.
+    with suppress(FileNotFoundError):
+        found[key] = (store.path / key).lstat().st_size
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink():
-        path.unlink()
+        path.unlink(missing_ok=True)
     else:
         durable_unlink(path)
 

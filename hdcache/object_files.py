@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from collections import defaultdict
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,7 +54,7 @@ class ObjectFiles:
         """
         file = self._open(key, listed)
         try:
-            self._prove(key, listed)
+            self._prove(key, file, listed)
         except BaseException:
             file.close()
             raise
@@ -73,7 +74,7 @@ class ObjectFiles:
         except StoreCorrupt:
             return None
 
-    def _open(self, key: str, listed: StoredObject | None) -> BinaryIO:
+    def _open(self, key: str, listed: StoredObject | None) -> FileIO:
         path = self.root / (self.prefix + key)
         if listed is None:
             raise StoreCorrupt(f"{path}: not listed in the manifest; the store was changed after it was sealed")
@@ -94,8 +95,11 @@ class ObjectFiles:
             )
         return open(number, "rb", buffering=0)
 
-    def _prove(self, key: str, listed: StoredObject | None) -> None:
-        """Compare the sha256 of an object that is read for the first time: nothing else tells it from an equally long sibling."""
+    def _prove(self, key: str, file: FileIO, listed: StoredObject | None) -> None:
+        """Compare the sha256 of an object that is read for the first time: nothing else tells it from an equally long sibling.
+
+        It is that of the open file itself: another may have its name by now.
+        """
         if key in self._proved or listed is None:
             return
         with self._proving[key]:
@@ -103,8 +107,8 @@ class ObjectFiles:
                 return
             path = self.folder(key)
             try:
-                with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
             except OSError as error:
                 raise StoreCorrupt(
                     f"{path}: cannot be read ({error.strerror}); check the disk and permissions"

@@ -29,8 +29,8 @@ from hdcache.arrays import ArrayReader, ShardWriter
 from hdcache.dataset_rows import Listed
 from hdcache.dataset_specs import Spec
 from hdcache.errors import StoreCorrupt, UnreadableImage
-from hdcache.index import check_records
-from hdcache.integrity import Ledger
+from hdcache.index import check_seal
+from hdcache.ledgers import Ledger
 from hdcache.pixels import Proven, Source, check_array
 from hdcache.records import canonical_json
 from hdcache.schema import ArrayCard, StoredObject
@@ -207,7 +207,7 @@ def packed_dataset(store: Store) -> Listed | None:
     """
     ledger, card = pixels_ledger(store), store.card.dataset
     if not ledger.sealed:
-        check_records(store, ())
+        check_seal(store, PIXELS)
         return None
     store.check_count()
     manifest = ledger.proved_manifest()

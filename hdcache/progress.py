@@ -80,7 +80,10 @@ class Progress:
             else duration(time.monotonic() - self._started)
         )
         share = 100 * self.done / max(1, self.total)
-        text = f"{self.label}  {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %)  {self.rate:,.1f} {self.unit}/s  {eta}"
+        if self.unit == "bytes":
+            text = f"{self.label}  {size(self.done)} of {size(self.total)} ({share:.0f} %)  {size(self.rate)}/s  {eta}"
+        else:
+            text = f"{self.label}  {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %)  {self.rate:,.1f} {self.unit}/s  {eta}"
         return f"{text}  {self._facts}" if self._facts else text
 
 

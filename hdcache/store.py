@@ -37,12 +37,12 @@ from hdcache.array_metadata import contained, group_metadata, names_in, read_att
 from hdcache.arrays import ArrayReader, write_constant
 from hdcache.durable import durable_write, sync_folder
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, UsageError
-from hdcache.leases import lease
+from hdcache.leases import lease, refuse_elsewhere
 from hdcache.object_files import ObjectFiles
 from hdcache.records import NAME, Record, check_name
 from hdcache.schema import FORMAT, Receipt, StoreCard, StoredObject, TeacherRecord, ViewSpec
 
-ABOUT, ROOT_LOCK, LEASE = "about.json", ".lock", ".lease"
+ABOUT, ROOT_LOCK, GC_LOCK, LEASE = "about.json", ".lock", ".+gc.lock", ".lease"
 PIXELS = "samples/pixels"
 """Where a store keeps the bytes of its samples, if it does (:mod:`hdcache.packed`)."""
 ID_BLOCK = 1 << 16
@@ -111,6 +111,8 @@ class Store:
             raise UsageError(f"{path}: this needs the store in a folder; get it first: hdcache pull {path} FOLDER")
         root = Path(path).expanduser()
         if not (root / "zarr.json").is_file():
+            if next(root.glob("views/*/manifest.json"), None) is not None:
+                raise StoreCorrupt(f"{root}/zarr.json: missing; take it from a copy: hdcache repair {root} --from COPY")
             if (root / "samples").is_dir():
                 raise InputNotFound(
                     f"{root}: a store whose creation was cut short; run the same 'hdcache extract' command again"
@@ -284,8 +286,9 @@ class Store:
         # No teacher's name holds a plus.
         own = PIXELS.replace("/", "+") if name == PIXELS else check_name(name, "teacher")
         with lease(self.path / f".{own}.lock"):
-            # Who withdraws holds this lock, and leaves a store alone whose teachers' locks are taken.
+            # Who withdraws, or removes leftovers, holds this lock, and leaves a store alone whose teachers' locks are taken.
             with filelock.FileLock(self.path / ROOT_LOCK):
+                refuse_elsewhere(self.path / GC_LOCK)
                 same = (self.path / "zarr.json").is_file() and _lasting(Store.open(self.path).card) == _lasting(
                     self.card
                 )
@@ -319,7 +322,8 @@ class Store:
                     return False
             if self.begun:
                 return False
-            (self.path / "zarr.json").unlink()
+            for name in ("index.json", "croissant.json", "zarr.json"):  # they speak of what there was before
+                (self.path / name).unlink(missing_ok=True)
             sync_folder(self.path)
             return True
 

@@ -27,7 +27,11 @@ class StoredRows:
 
     def __init__(self, store: Store, name: str, pipeline: str | None = None) -> None:
         self.store, self.name = store, name
-        record, held = store.teacher(name), held_taps(store, name)
+        try:
+            record, held = store.teacher(name), held_taps(store, name)
+        except InputNotFound:
+            check_records(store, [name])  # it may be lost
+            raise
         if fault := _tap_fault(record):
             raise StoreCorrupt(f"{store.teacher_path(name)}/zarr.json: {fault}; copy the store again")
         taps = {tap: card for tap, card in record.taps.items() if held is None or tap in held}

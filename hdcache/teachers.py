@@ -28,6 +28,8 @@ from hdcache.records import check_name, differences
 from hdcache.schema import MaskSpec, TeacherCard, TeacherRecord
 from hdcache.taps import Tokens, attention_of, check_readable, forward_taps, num_blocks, parse_tap
 
+_DIGEST = re.compile(r"'([0-9a-f]{12})[0-9a-f]{52}'")
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -262,9 +264,11 @@ def reload_teacher(record: TeacherRecord, spec: str | None = None, device: str |
     )
     lines = differences(teacher.card.whole(), card.told_by(teacher.card).whole())
     if lines:
+        # Of two networks twelve digits tell apart.
+        apart = _DIGEST.sub(r"'\1...'", "; ".join(lines))
         raise StoreMismatch(
             f"teacher {record.name}: {spec or record.source} is not the network that the store was made with "
-            f"({'; '.join(lines)}); give the original with --teacher {record.name}=SPEC"
+            f"({apart}); name the original: --teacher {record.name}=MODEL"
         )
     return teacher
 

@@ -1,50 +1,34 @@
-"""Damage to a store, and what readers make of it: shared by test_faults.py and benchmarks/faults.py.
+"""Damage to a store: shared by test_faults.py and benchmarks/faults.py.
 
 The store is that of lane_store.py: every encoding, masks, failed rows, kept samples, two teachers, two views. One injection damages
-one object (or exchanges two). Then everything is opened and read anew, by every way of reading, and compared with what was there
-before, to the bit.
+one object, exchanges two, deletes a folder, or does two of these at once. Then everything is opened and read anew, by every way of
+reading (whole_reading.py), and compared with what was there before, to the bit.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import torch
-
 import lane_store
 import small_store
-from hdcache.api import OpenedStore
 from hdcache.draws import uniform
-from hdcache.durable import durable_write
-from hdcache.errors import HdcacheError, UnreadableImage
-from hdcache.geometry import read_geometry
-from hdcache.index import held_taps
-from hdcache.info import describe_store
-from hdcache.integrity import verify
-from hdcache.loader import Loader
-from hdcache.options import Options
-from hdcache.packed import packed_dataset
-from hdcache.reader import TeacherReader
-from hdcache.row_arrays import MASK_ARRAY
-from hdcache.schema import Preprocessing, ViewSpec
-from hdcache.store import ABOUT, About, Store
+from hdcache.durable import durable_write, stored_object
+from hdcache.ledgers import INDEX, MANIFEST
+from hdcache.schema import ViewSpec
+from hdcache.store import ABOUT, About
+from whole_reading import TEACHERS
 
-TEACHERS = ("masked", "plain")
 UNPROTECTED = re.compile(r"(?:teachers/[^/]+/)?about\.json")
 """Keys of what no record vouches for, and no value rests on."""
 Change = Mapping[str, bytes | None]
 """Key -> what lies there instead; None: nothing."""
-Outcome = str | Exception
-"""What one way of reading gave: a digest of the values, or the error."""
 
 
 # Stores
@@ -96,8 +80,10 @@ class Injection:
 
     kind: str
     key: str
-    """The object that is damaged; of two that are exchanged, the first."""
+    """The object or folder that is damaged; of two that are exchanged, the first."""
     change: Change
+    folders: tuple[str, ...] = ()
+    """Folders that are gone, with all in them that ``change`` lists."""
 
     @contextmanager
     def applied(self, root: Path, objects: Mapping[str, bytes]) -> Iterator[None]:
@@ -108,9 +94,12 @@ class Injection:
                     (root / key).unlink()
                 else:
                     (root / key).write_bytes(data)
+            for folder in self.folders:
+                shutil.rmtree(root / folder)
             yield
         finally:
             for key in self.change:
+                (root / key).parent.mkdir(parents=True, exist_ok=True)
                 (root / key).write_bytes(objects[key])
 
 
@@ -177,215 +166,113 @@ def flipped(key: str, data: bytes, seed: int, number: int) -> Injection:
     return Injection("one bit flipped", key, {key: bytes(changed)})
 
 
+def folders_deleted(objects: Mapping[str, bytes]) -> Iterator[Injection]:
+    """Every folder of a store, at every level."""
+    for folder in sorted({str(parent) for key in objects for parent in PurePosixPath(key).parents} - {"."}):
+        inside = [key for key in objects if key.startswith(f"{folder}/")]
+        yield Injection("a folder deleted", folder, dict.fromkeys(inside), (folder,))
+
+
+def both(kind: str, one: Injection, two: Injection) -> Injection | None:
+    """Two damages at once; None where they meet in one object."""
+    if one.change.keys() & two.change.keys():
+        return None
+    key = f"{one.key} ({one.kind}) + {two.key} ({two.kind})"
+    return Injection(kind, key, {**one.change, **two.change}, one.folders + two.folders)
+
+
+ROLES = {
+    "a seal": re.compile(rf".*/{re.escape(MANIFEST)}"),
+    "a receipt": re.compile(r".*/receipts/\d+\.json"),
+    "a record": re.compile(r"(?:teachers/[^/]+/)?zarr\.json|samples/receipt\.json"),
+    "the index": re.compile(re.escape(INDEX)),
+}
+"""What two damages at once are drawn from."""
+TOGETHER = (
+    ("a seal", "a receipt"),
+    ("a record", "a seal"),
+    ("the index", "a seal"),
+    ("the index", "a folder"),
+    ("the index", "anything"),
+    ("a folder", "anything"),
+    ("anything", "anything"),
+)
+
+
+def pairs(found: Sequence[Injection], number: int, seed: int) -> Iterator[Injection]:
+    """So many of each kind of pair (:data:`TOGETHER`), drawn: a third of the damages are deletions."""
+    for first, second in TOGETHER:
+        lots = [_lot(found, role) for role in (first, second)]
+        drawn = uniform(6 * 50 * number, seed, "pairs", first, second).reshape(-1, 6).tolist()
+        count = 0
+        for draw in drawn:
+            one, two = (_drawn(lot, draw[3 * i : 3 * i + 3]) for i, lot in enumerate(lots))
+            if second == "a receipt" and one.key.rpartition("/")[0] != two.key.rpartition("/receipts/")[0]:
+                continue  # of one ledger
+            pair = both(f"two at once: {first} and {second}", one, two)
+            if pair is not None and count < number:
+                count += 1
+                yield pair
+
+
+def _lot(found: Sequence[Injection], role: str) -> dict[str, list[Injection]]:
+    lot: dict[str, list[Injection]] = {}
+    for one in found:
+        if role == "anything" or (
+            one.folders if role == "a folder" else role in ROLES and ROLES[role].fullmatch(one.key)
+        ):
+            lot.setdefault(one.kind, []).append(one)
+    return lot
+
+
+def _drawn(lot: Mapping[str, list[Injection]], draw: Sequence[float]) -> Injection:
+    kinds = sorted(lot)
+    kind = "deleted" if draw[0] < 1 / 3 and "deleted" in lot else kinds[int(draw[1] * len(kinds))]
+    return lot[kind][int(draw[2] * len(lot[kind]))]
+
+
 def injections(
-    objects: Mapping[str, bytes], others: Mapping[str, Mapping[str, bytes]], flips: int, seed: int
+    objects: Mapping[str, bytes], others: Mapping[str, Mapping[str, bytes]], flips: int, seed: int, together: int = 0
 ) -> list[Injection]:
-    """All damages to a store; ``others`` are stores whose objects may lie in the place of its own, by what they are."""
+    """All damages to a store, no two of which are the same; ``others`` are stores whose objects may lie in the place of its own, by
+    what they are; ``together`` is how many to draw of each kind of pair.
+    """
     found = [damage for key, data in objects.items() for damage in whole_damages(key, data)]
-    found += exchanges(objects, seed)
+    found += [*exchanges(objects, seed), *folders_deleted(objects)]
     for kind, store in others.items():
         found += [
             Injection(kind, key, {key: store[key]}) for key in objects if store.get(key, objects[key]) != objects[key]
         ]
-    return found + [flipped(key, objects[key], seed, n) for key in objects if objects[key] for n in range(flips)]
+    found += [flipped(key, objects[key], seed, n) for key in objects if objects[key] for n in range(flips)]
+    found += list(pairs(found, together, seed))
+    return list({_what(one): one for one in reversed(found)}.values())[::-1]
 
 
-# Reading
+def _what(injection: Injection) -> Any:
+    """What an injection does, whatever it is called."""
+    changed = {key: None if data is None else stored_object(data).sha256 for key, data in injection.change.items()}
+    return frozenset(changed.items()), frozenset(injection.folders)
 
 
-def _digest(value: Any) -> str:
-    hasher = hashlib.sha256()
+def is_smaller(injection: Injection, objects: Mapping[str, bytes]) -> bool:
+    """Whether what is left is a store as it was before an extraction, or a copy, was done: nothing in it says that there was more.
 
-    def add(part: Any) -> None:
-        if isinstance(part, torch.Tensor):
-            part = part.numpy()
-        if isinstance(part, np.ndarray):
-            hasher.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
-        elif isinstance(part, Mapping):
-            for key in sorted(part):
-                add(str(key))
-                add(part[key])
-        elif isinstance(part, list | tuple):
-            hasher.update(f"{len(part)}:".encode())
-            for item in part:
-                add(item)
-        elif hasattr(part, "patches"):
-            add([part.prefix, part.patches])
-        else:
-            hasher.update(repr(part).encode() + b"\0")
-
-    add(value)
-    return hasher.hexdigest()
-
-
-def read_everything(opened: Callable[[], Store]) -> dict[str, Outcome]:
-    """Open a store as a new process would, and read all of it by each way that there is; each way's outcome under its name."""
-    found: dict[str, Outcome] = {}
-
-    def way(name: str, work: Callable[[], Any]) -> Any:
-        try:
-            value = work()
-            found[name] = _digest(value)
-        except Exception as error:
-            found[name] = error
-            return None
-        return value
-
-    kept: list[Store] = []
-
-    def root() -> Any:
-        kept.append(opened())
-        return kept[0].card.model_dump(mode="json", exclude={"dataset": {"spec"}})
-
-    way("open", root)
-    if not kept:
-        return found
-    store, count = kept[0], lane_store.ROWS
-    way("teachers", OpenedStore(store).teachers)
-    way("ids", lambda: store.ids)
-    way("labels", lambda: store.labels)
-    way("info", lambda: _facts(store))
-    for view in range(lane_store.VIEWS):
-        way(f"views/{view}", lambda view=view: read_geometry(store, view))
-    dataset = way("samples", lambda: packed_dataset(store))
-    for name in lane_store.IDS if dataset is not None else ():
-        way(f"samples/{name}", lambda name=name: _sample(dataset, name))
-    found["samples"] = found["samples"] if isinstance(found["samples"], Exception) else _digest(dataset is None)
-    way("loader", lambda: _loader(store))
-    for teacher in TEACHERS:
-        _read_teacher(store, teacher, count, way)
-    return found
-
-
-def _read_teacher(store: Store, teacher: str, count: int, way: Callable[[str, Callable[[], Any]], Any]) -> None:
-    way(f"{teacher} held", lambda: held_taps(store, teacher))
-    readers: list[TeacherReader] = []
-
-    def record() -> Any:
-        readers.append(TeacherReader(store, teacher))
-        return readers[0].record.model_dump(mode="json", exclude={"source"})
-
-    way(f"{teacher} record", record)
-    if not readers:
-        return
-    reader = readers[0]
-    way(f"{teacher} weights", lambda: reader.weights)
-    for view in range(lane_store.VIEWS):
-        where = f"{teacher}/{view}"
-        way(f"{where} failed", lambda view=view: reader.manifest(view).failed)
-        if reader.record.card.mask is not None:
-            way(f"{where} masks", lambda view=view: reader.unpacked(reader.packed_masks(view, 0, count)))
-        for tap, card in reader.record.taps.items():
-            parts = way(f"{where} {tap} rows", lambda view=view, tap=tap: reader.rows(view, tap, 0, count))
-            for name, array in card.arrays.items():
-                key = f"{tap}/{name}"
-                way(f"{where} {key} copied", lambda view=view, key=key, array=array: _copied(reader, view, key, array))
-            if parts is not None:
-                tensors = {name: torch.from_numpy(value) for name, value in parts.items()}
-                way(f"{where} {tap} decoded", lambda tap=tap, tensors=tensors: reader.decode(tap, tensors))
-        if reader.record.card.mask is not None:
-            card = lane_store.masks_of(store.card, view)
-            way(f"{where} masks copied", lambda view=view, card=card: _copied(reader, view, MASK_ARRAY, card[0]))
-
-
-def _loader(store: Store) -> Any:
-    """The views that training goes through, and the rows of its epochs: of each teacher, of both, of none."""
-    samples: Any = lane_store.Samples(store.card.dataset)
-    options = Options(batch_size=4, preprocessing=Preprocessing(size=48))
-    found = []
-    for teachers in ((), *((name,) for name in TEACHERS), TEACHERS):
-        loader = Loader(samples, options, views=store.card.views, store=store, teachers=teachers)
-        found.append([loader.views, *(loader.order(epoch) for epoch in range(len(loader.views)))])
-    return found
-
-
-def _copied(reader: TeacherReader, view: int, key: str, row: Any) -> Any:
-    into = np.zeros((lane_store.ROWS, *row.shape), row.dtype)
-    reader.expect_rows(view, key, 0, lane_store.ROWS)
-    reader.copy_rows(view, key, 0, lane_store.ROWS, list(into))
-    return into
-
-
-def _sample(dataset: Any, name: str) -> Any:
-    try:
-        return dataset.read(name)
-    except UnreadableImage as error:
-        return str(error)
-
-
-def _facts(store: Store) -> str:
-    """What ``hdcache info`` says, without where the store lies, where data and weights were, and what wrote it."""
-    facts = describe_store(store)
-    facts["dataset"].pop("spec")
-    for teacher in facts["teachers"].values():
-        teacher.pop("source")
-    return json.dumps(
-        {key: value for key, value in facts.items() if key not in ("path", "written_with")}, sort_keys=True
+    The index is gone, and with it seals, and nothing but what was theirs.
+    """
+    gone = {key for key, data in injection.change.items() if data is None}
+    left = objects.keys() - gone
+    if gone != injection.change.keys() or INDEX in left:
+        return False
+    seals = {key for key in objects if key.endswith(f"/{MANIFEST}")}
+    for key in seals & left:
+        teacher = re.fullmatch(r"(teachers/[^/]+)/(views/\d+/.*)", key)
+        if teacher and not {f"{teacher[1]}/zarr.json", teacher[2]} <= left:
+            return False
+    homes = tuple(key.removesuffix(MANIFEST) for key in seals & gone)
+    homes += tuple(f"teachers/{name}/" for name in TEACHERS if f"teachers/{name}/zarr.json" in gone)
+    rest = {key for key in gone - {INDEX} if not key.startswith(homes or "//")}
+    # A folder's record goes with the last thing in the folder.
+    return all(
+        key.endswith("/zarr.json") and not any(other.startswith(key.removesuffix("zarr.json")) for other in left)
+        for key in rest
     )
-
-
-# Judging
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one injection."""
-
-    reading: str
-    """``open`` or ``read``: that refused it; ``same``: what was read is what was there; ``wrong``: it is not, and nobody said so."""
-    quick: bool
-    """Whether ``verify --quick`` said so."""
-    full: bool
-    bugs: tuple[str, ...] = ()
-    """Errors of another class than ours, and messages that do not name what is damaged."""
-
-
-def judge(injection: Injection, root: Path, truth: Mapping[str, Outcome], found: Mapping[str, Outcome]) -> Verdict:
-    """Compare what was read of a damaged store with the truth, and verify the store as it lies there."""
-    bugs = bugs_of(injection, root, found)
-    reading = reading_of(truth, found)
-    full, quick = (_verified(injection, root, bugs, quick=quick) for quick in (False, True))
-    return Verdict(reading, quick, full, tuple(bugs))
-
-
-def reading_of(truth: Mapping[str, Outcome], found: Mapping[str, Outcome]) -> str:
-    """As :attr:`Verdict.reading`."""
-    if isinstance(found["open"], Exception):
-        return "open"
-    if wrong_ways(truth, found):
-        return "wrong"
-    return "read" if any(isinstance(outcome, Exception) for outcome in found.values()) else "same"
-
-
-def bugs_of(injection: Injection, root: Path, found: Mapping[str, Outcome]) -> list[str]:
-    """As :attr:`Verdict.bugs`, of reading."""
-    errors = [(name, outcome) for name, outcome in found.items() if isinstance(outcome, Exception)]
-    return [fault for name, error in errors for fault in _faults(injection, root, name, error)]
-
-
-def wrong_ways(truth: Mapping[str, Outcome], found: Mapping[str, Outcome]) -> list[str]:
-    """Ways of reading that gave something else than was there, without an error."""
-    return [name for name, outcome in found.items() if isinstance(outcome, str) and outcome != truth.get(name)]
-
-
-def _faults(injection: Injection, root: Path, name: str, error: Exception) -> list[str]:
-    if not isinstance(error, HdcacheError):
-        return [f"{name}: {type(error).__name__}: {error}"]
-    return [] if _names(injection, root, str(error)) else [f"{name}: does not name it: {error}"]
-
-
-def _names(injection: Injection, root: Path, message: str) -> bool:
-    """Whether a message names what is damaged, or its folder."""
-    return any(str((root / key).parent) in message for key in injection.change)
-
-
-def _verified(injection: Injection, root: Path, bugs: list[str], *, quick: bool) -> bool:
-    name = "verify --quick" if quick else "verify"
-    try:
-        found = verify(Store.open(root), quick=quick)
-    except Exception as error:
-        bugs += _faults(injection, root, name, error)
-        return True
-    if found.faults and not any(_names(injection, root, fault) for fault in found.faults):
-        bugs.append(f"{name}: does not name it: {found.faults[0]}")
-    return not found.good

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hdcache.arrays import ShardWriter, group_metadata, write_constant
 from hdcache.draws import uniform
 from hdcache.durable import durable_write
-from hdcache.integrity import Ledger, teacher_ledger, view_ledger
+from hdcache.ledgers import Ledger, teacher_ledger, view_ledger
 from hdcache.row_arrays import codec_of
 from hdcache.schema import (
     ArrayCard,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hdcache.array_metadata import NESTED, RECORD_BYTES
 from hdcache.encodings import request
 from hdcache.errors import OutOfSpace, UsageError
 from hdcache.extract import capacity
 from hdcache.extract.calibrate import calibrate
 from hdcache.extract.capacity import (
     COPIES,
+    check_manifest,
     check_space,
     held_per_row,
     place_of,
@@ -27,6 +32,7 @@ from hdcache.extract.capacity import (
 )
 from hdcache.extract.opening import open_or_create
 from hdcache.extract.run import extract
+from hdcache.schema import DatasetCard, StoreCard, TapCard
 from hdcache.store import Store
 from hdcache.teachers import load_teacher
 
@@ -81,6 +87,57 @@ def test_shards_in_the_works_follow_the_memory(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UsageError, match=r"500\.0 KB are there"):
         shards_ahead("t", 100, 10_000)
+
+
+@given(
+    shards=st.integers(1, 200_000),
+    names=st.sets(st.from_regex(r"[a-z]{1,40}", fullmatch=True), min_size=1, max_size=12),
+    teacher=st.sampled_from(["t", "x" * 128]),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_accepted_can_be_read(shards: int, names: set[str], teacher: str) -> None:
+    """The manifest of what :func:`check_manifest` lets pass is within the bounds of its reader, and what it names passes."""
+    tap = TapCard.model_construct(arrays={"codes": None, "scale": None})
+    taps: Any = dict.fromkeys(sorted(names), tap)
+
+    def store(rows: int) -> Any:
+        card = DatasetCard.model_construct(count=shards * 256)
+        return StoreCard.model_construct(dataset=card, rows_per_shard=rows)
+
+    def size_of(shards: int) -> tuple[int, int]:
+        one = {"size": 2**34, "sha256": "0" * 64}
+        arrays = [f"{name}/{array}/c.{shards}.0.0.0" for name in names for array in ("codes", "scale")]
+        arrays += [f"mask/visible/c.{shards}.0.0", f"pixels/digest/c.{shards}.0.0", f"receipts/{shards}.json"]
+        entries = {f"teachers/{teacher}/views/10/{key}": one for key in arrays}
+        return shards * len(arrays), shards * len(json.dumps(entries, separators=(",", ":")))
+
+    def fits(shards: int) -> bool:
+        objects, bytes_ = size_of(shards)
+        return objects < NESTED and bytes_ < RECORD_BYTES
+
+    try:
+        check_manifest(store(256), teacher, taps)
+    except UsageError as error:
+        rows = int(re.findall(r"--rows-per-shard (\d+)", str(error))[0])
+        assert rows > 256
+        check_manifest(store(rows), teacher, taps)
+        assert not fits(2 * shards), "refused with room for twice as many"
+    else:
+        assert fits(shards)
+
+
+def test_so_many_shards_are_refused_before_the_first(
+    data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"store": tmp_path / "s", "teachers": [f"t={tiny}"], "taps": ["final"], **FAST}
+    monkeypatch.setattr("hdcache.extract.capacity.LISTED", 16)
+    monkeypatch.setattr("hdcache.extract.opening.shard_size", lambda count, wanted, pixels: wanted)
+    with pytest.raises(
+        UsageError, match=r"t: 8 shards of \d arrays are more than one manifest may list; give --rows-per-shard 32"
+    ):
+        extract(data, rows_per_shard=8, **arguments)
+    assert not (tmp_path / "s/teachers/t/views").exists()
+    assert extract(data, rows_per_shard=32, **arguments).teachers["t"]["rows"] == 64
 
 
 def test_the_number_that_is_named_fits(data: str, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

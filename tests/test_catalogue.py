@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hdcache.errors import InputNotFound
-from hdcache.integrity import teacher_ledger
+from hdcache.ledgers import teacher_ledger
 from hdcache.sharing.catalogue import DEPTH, Catalogue, describe, find_stores
 from hdcache.sharing.catalogue_entries import StoreEntry, select
 from hdcache.store import Store
@@ -171,9 +171,17 @@ print(len(Catalogue(sys.argv[1]).entries()), [name for name in ("torch", "zarr")
 
 
 def test_a_part_of_a_copy_says_what_it_holds(sealed_store: Path) -> None:
+    whole = Catalogue(sealed_store).entries()[0]
     (sealed_store / "teachers" / "t" / "held.json").write_text('{"taps":["final"]}')
     (entry,) = Catalogue(sealed_store).entries()
-    assert entry.teachers[0].held == ("final",)
+    (teacher,) = entry.teachers
+    assert (teacher.held, teacher.elsewhere) == (("final",), ("block1.attn_in", "pooled"))
+    assert [tap.tap for tap in teacher.taps] == ["final"]
+    gone = [
+        path.stat().st_size for tap in teacher.elsewhere for path in sealed_store.rglob(f"{tap}/**/*") if path.is_file()
+    ]
+    assert entry.bytes == whole.bytes - sum(gone)
+    assert 0 < teacher.bytes < whole.teachers[0].bytes
 
 
 def test_who_made_it_is_said_where_that_was_told(

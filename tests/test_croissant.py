@@ -167,3 +167,12 @@ def test_the_checker_of_the_standard_finds_no_fault(tiny_store: Path, tmp_path: 
     dataset = mlcroissant.Dataset(jsonld=path)
     assert not dataset.metadata.ctx.issues.errors
     assert len(list(dataset.records("classes"))) == 3
+
+
+def test_taps_that_a_copy_does_not_have_are_not_described(sealed_store: Path) -> None:
+    whole = described(sealed_store)
+    (sealed_store / "teachers/t/held.json").write_text('{"taps":["final"]}')
+    found = described(sealed_store)
+    gone = {entry["@id"] for entry in whole["distribution"]} - {entry["@id"] for entry in found["distribution"]}
+    assert gone == {"teachers/t/block1.attn_in-arrays", "teachers/t/pooled-arrays"}
+    assert "block1.attn_in" not in json.dumps(found)

@@ -25,7 +25,8 @@ from hdcache.extract.machines import fingerprint, versions
 from hdcache.extract.run import extract
 from hdcache.extract.summary import ExtractSummary
 from hdcache.extract.task_window import TaskWindow
-from hdcache.integrity import teacher_ledger, verify
+from hdcache.integrity import verify
+from hdcache.ledgers import teacher_ledger
 from hdcache.store import Store, read_about
 from hdcache.teachers import Teacher
 
@@ -38,7 +39,7 @@ SHARDS = ROWS // SHARD
 FAULTS = """
 import os, signal, time
 from pathlib import Path
-from hdcache.integrity import Ledger
+from hdcache.ledgers import Ledger
 import hdcache.extract.worker
 folder = Path({folder!r})
 def faulty(self, receipt, record=Ledger.record):

@@ -22,8 +22,8 @@ from hdcache.distill.run_report import format_run
 from hdcache.distill.settings import Recipe
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.extract.run import extract
-from hdcache.integrity import teacher_ledger
 from hdcache.leases import lease
+from hdcache.ledgers import teacher_ledger
 from hdcache.loader import Loader
 from hdcache.options import Options
 from hdcache.schema import Preprocessing, ViewSpec
@@ -315,7 +315,8 @@ def test_a_torn_store_is_refused(torn: tuple[Path, Path], tmp_path: Path, quick:
         run(quick, tmp_path / "a", store=root)
     (root / "teachers/t/views/0/manifest.json").unlink()
     with pytest.raises(
-        StoreCorrupt, match=r"views/0/manifest\.json: missing, and all that it speaks of is there; 'hdcache repair"
+        StoreCorrupt,
+        match=r"views/0/manifest\.json: missing, though it was there when index\.json was written; 'hdcache repair",
     ):
         run(quick, tmp_path / "a", store=root)
     (root / "teachers/t/views/1/manifest.json").unlink()

@@ -39,7 +39,8 @@ from hdcache.extract.run import extract
 from hdcache.extract.summary import ExtractSummary, format_summary
 from hdcache.geometry import read_geometry
 from hdcache.index import Held
-from hdcache.integrity import verify, view_ledger
+from hdcache.integrity import verify
+from hdcache.ledgers import view_ledger
 from hdcache.reader import TeacherReader
 from hdcache.samples import open_sample
 from hdcache.schema import ArrayCard, Receipt, ViewSpec

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch
 from hdcache.geometry import read_geometry, read_shard_geometry
-from hdcache.integrity import view_ledger
+from hdcache.ledgers import view_ledger
 from hdcache.schema import ViewSpec
 from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.views import row_order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from hdcache.errors import StoreCorrupt
 from hdcache.index import (
     CROISSANT,
     HELD,
-    INDEX,
     Held,
     build_index,
     check_records,
@@ -21,12 +21,12 @@ from hdcache.index import (
     held_taps,
     is_held,
     lost_records,
-    read_index,
     sealed_ledgers,
     write_index,
 )
 from hdcache.integrity import verify
-from hdcache.ledgers import teacher_ledger
+from hdcache.ledgers import INDEX, Index, read_index, teacher_ledger
+from hdcache.records import canonical_json
 from hdcache.schema import StoredObject
 from hdcache.store import Store
 
@@ -69,17 +69,32 @@ def test_only_what_is_sealed_is_listed(sealed_store: Path) -> None:
     assert not [key for key in write_index(store).objects if key.startswith("teachers/t/views")]
 
 
-def test_receipts_of_a_seal_that_is_known_are_not_read_again(
-    sealed_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_index_does_not_grow_with_the_shards(sealed_store: Path) -> None:
+    """A manifest lists the receipts of its shards, and has bounds of its own."""
+    index = write_index(Store.open(sealed_store))
+    assert not [key for key in index.objects if "/receipts/" in key]
+    assert set(teacher_ledger(Store.open(sealed_store), "t", 0).manifest().objects) > {
+        f"teachers/t/views/0/receipts/{shard}.json" for shard in range(3)
+    }
+
+
+def test_receipts_that_an_earlier_version_did_not_list(sealed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index lists them instead, and those of a seal that is known are not read again."""
     store = Store.open(sealed_store)
+    path = sealed_store / "views/0/manifest.json"
+    seal = json.loads(path.read_bytes())
+    seal.pop("check")
+    seal["objects"] = {key: entry for key, entry in seal["objects"].items() if "/receipts/" not in key}
+    path.write_bytes(canonical_json(seal))
     known = write_index(store)
+    assert [key for key in known.objects if "/receipts/" in key] == [f"views/0/receipts/{n}.json" for n in range(3)]
+    assert verify(store).good
     read: list[Path] = []
     real = indexes.read_record
     monkeypatch.setattr(indexes, "read_record", lambda path: read.append(path) or real(path))
     assert build_index(store, known) == known
     assert not [path for path in read if path.parent.name == "receipts"]
-    (sealed_store / "views/0/manifest.json").write_bytes(b"{}")
+    path.write_bytes(b"{}")
     build_index(store, known)
     assert len([path for path in read if path.parent.name == "receipts"]) == 3
 
@@ -184,11 +199,12 @@ def test_a_record_that_is_gone_is_told_from_one_that_never_was(
     assert lost_records(store, teachers) == [key] * asked
     if asked:
         with pytest.raises(
-            StoreCorrupt, match=rf"{key}: missing, and all that it speaks of is there; 'hdcache repair "
+            StoreCorrupt,
+            match=rf"{key}: missing, though it was there when index.json was written; 'hdcache repair .* says how",
         ):
             check_records(store, teachers)
     (sealed_store / INDEX).unlink()
-    gone = key == "teachers/t/zarr.json" and asked
+    gone = asked and (key == "teachers/t/zarr.json" or (key.startswith("views/") and teachers != []))
     assert lost_records(store, teachers) == [key] * gone, "nothing says that it was ever sealed"
 
 
@@ -216,4 +232,57 @@ def test_a_seal_that_the_index_does_not_list_is_none(sealed_store: Path) -> None
     ):
         check_seals(store)
     (sealed_store / INDEX).write_text("{")
-    check_seals(store)
+    with pytest.raises(StoreCorrupt, match=r"index\.json: not valid JSON"):
+        check_seals(store)
+
+
+@pytest.mark.parametrize(
+    ("folder", "lost"),
+    [
+        ("teachers/t/views/0", ["teachers/t/views/0/manifest.json"]),
+        ("teachers/t/views", ["teachers/t/views/0/manifest.json"]),
+        ("views/0", ["views/0/manifest.json"]),
+        ("views", ["views/0/manifest.json"]),
+        ("teachers/t", ["teachers/t/views/0/manifest.json", "teachers/t/zarr.json"]),
+        ("teachers", ["teachers/t/views/0/manifest.json", "teachers/t/zarr.json"]),
+    ],
+)
+def test_a_folder_that_is_gone_is_missed(folder: str, lost: list[str], sealed_store: Path) -> None:
+    """The store would pass for one that never had that view or teacher."""
+    store = Store.open(sealed_store)
+    before = write_index(store).objects
+    shutil.rmtree(sealed_store / folder)
+    assert lost_records(store) == lost
+    assert {*lost} <= {fault.removeprefix(f"{sealed_store}/").partition(": ")[0] for fault in verify(store).faults}
+    # Who seals something else meanwhile does not make it forgotten.
+    after = write_index(store).objects
+    assert {key: after[key] for key in lost} == {key: before[key] for key in lost}
+    assert lost_records(store) == lost
+    # Who removed it on purpose says so; but not of a view that sealed rows belong to.
+    (sealed_store / INDEX).unlink()
+    assert lost_records(store) == [key for key in lost if key.startswith("views/")]
+
+
+def test_a_seal_that_is_withdrawn_between_two_looks_is_not_lost(
+    sealed_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(sealed_store)
+    write_index(store)
+    ledger, real = teacher_ledger(store, "t", 0), indexes.read_index
+
+    def slow(path: Path) -> Index | None:
+        found = real(path)
+        ledger.unseal()
+        return found
+
+    monkeypatch.setattr(indexes, "read_index", slow)
+    assert lost_records(store) == []
+
+
+def test_a_store_that_is_made_anew_misses_nothing_of_the_old_one(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    write_index(store)
+    shutil.rmtree(sealed_store / "views")
+    shutil.rmtree(sealed_store / "teachers")
+    assert store.withdraw()
+    assert not [path.name for path in sealed_store.iterdir() if path.suffix == ".json" and path.name != "about.json"]

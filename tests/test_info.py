@@ -11,7 +11,7 @@ import pytest
 from hdcache.errors import StoreCorrupt
 from hdcache.index import write_index
 from hdcache.info import describe_store, format_store
-from hdcache.integrity import teacher_ledger
+from hdcache.ledgers import teacher_ledger
 from hdcache.schema import DatasetCard, StoreCard
 from hdcache.store import Store
 from hdcache.views import PRESETS
@@ -115,3 +115,18 @@ def test_seals_are_those_that_they_should_be(sealed_store: Path) -> None:
     path.write_bytes(json.dumps(manifest | {"identity": "0" * 64}).encode())
     with pytest.raises(StoreCorrupt, match=r"manifest\.json: seals 't' view 0 \(identity 0{12}\), not 't' view 0"):
         describe_store(Store.open(sealed_store))
+
+
+def test_a_part_of_a_copy_is_described_as_what_it_has(sealed_store: Path) -> None:
+    store = Store.open(sealed_store)
+    whole = describe_store(store)["teachers"]["t"]
+    assert (whole["held"], whole["elsewhere"]) == (None, [])
+    (sealed_store / "teachers/t/held.json").write_text('{"taps":["final"]}')
+    part = describe_store(store)["teachers"]["t"]
+    assert (part["held"], part["elsewhere"]) == (["final"], ["block1.attn_in", "pooled"])
+    assert part["taps"] == {"final": whole["taps"]["final"]}
+    assert part["identity"] == whole["identity"]
+    assert whole["bytes"] - part["bytes"] == sum(whole["taps"][tap]["bytes"] for tap in part["elsewhere"])
+    text = format_store(describe_store(store))
+    assert "held final of 3 taps" in text
+    assert "attn_in" not in text

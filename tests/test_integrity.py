@@ -14,11 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hdcache import integrity
 from hdcache.arrays import ArrayReader
+from hdcache.durable import stored_object
 from hdcache.errors import HdcacheError
 from hdcache.index import write_index
 from hdcache.integrity import verify
-from hdcache.ledgers import Ledger, teacher_ledger
+from hdcache.ledgers import Ledger, teacher_ledger, view_ledger
 from hdcache.records import canonical_json
 from hdcache.schema import Receipt
 from hdcache.store import Store
@@ -63,6 +65,8 @@ def test_the_bytes_to_read_are_those_that_are_counted(sealed_store: Path) -> Non
 def test_a_good_store(sealed_store: Path) -> None:
     """Every listed object is met once, its bytes are counted, and progress adds up to them."""
     store = Store.open(sealed_store)
+    assert verify(store).unsealed == ["index.json"], "a kill came between the seal and the index"
+    write_index(store)
     steps: list[tuple[int, int]] = []
     found = verify(store, progress=lambda done, total: steps.append((done, total)))
     assert found.good
@@ -137,7 +141,8 @@ def test_a_ledger_without_its_group_record_is_still_checked(sealed_store: Path) 
 
 
 def test_an_unsealed_ledger_is_checked_by_its_receipts(sealed_store: Path) -> None:
-    (sealed_store / ROWS / "manifest.json").unlink()
+    teacher_ledger(Store.open(sealed_store), "t", 0).unseal()
+    write_index(Store.open(sealed_store))
     flip(sealed_store / SHARD)
     found = verify(Store.open(sealed_store))
     assert found.unsealed == [ROWS]
@@ -154,8 +159,8 @@ def test_an_unsealed_ledger_is_checked_by_its_receipts(sealed_store: Path) -> No
         (f"{ROWS}/manifest.json", lambda m: m.update(view=1), "manifest.json: the seal of t/1"),
         (f"{ROWS}/manifest.json", lambda m: m.update(teacher="u"), "manifest.json: the seal of u/0"),
         (f"{ROWS}/manifest.json", lambda m: m.update(identity="0"), "seals another identity"),
-        (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(SHARD), f"receipts/1.json: says other than manifest.json of {SHARD}"),
-        (f"{ROWS}/manifest.json", lambda m: m["objects"][SHARD].update(size=1), f"receipts/1.json: says other than manifest.json of {SHARD}"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(SHARD), f"{ROWS}/manifest.json of {SHARD}"),
+        (f"{ROWS}/manifest.json", lambda m: m["objects"][SHARD].update(size=1), f"{ROWS}/manifest.json of {SHARD}"),
         (f"{ROWS}/manifest.json", lambda m: m["objects"].pop("samples/receipt.json"), "does not list samples/receipt"),
         (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(f"{ROWS}/final/values/zarr.json"), "not list teachers/t/v"),
         (f"{ROWS}/manifest.json", lambda m: m["objects"].pop(CONSTANT), f"does not list {CONSTANT}"),
@@ -192,7 +197,7 @@ def test_a_teacher_that_a_kill_left_without_its_record_is_not_damaged(sealed_sto
     shutil.copytree(sealed_store / "teachers/t/encodings", sealed_store / "teachers/u/encodings")
     found = verify(Store.open(sealed_store))
     assert found.good
-    assert found.unsealed == ["teachers/u"]
+    assert found.unsealed == ["teachers/u", "index.json"]
 
 
 def test_manifests_that_were_swapped(sealed_store: Path) -> None:
@@ -256,7 +261,7 @@ def test_a_teacher_that_was_begun_is_no_fault(sealed_store: Path) -> None:
     (sealed_store / "teachers/u/encodings").mkdir(parents=True)
     found = verify(Store.open(sealed_store))
     assert found.good
-    assert found.unsealed == ["teachers/u"]
+    assert found.unsealed == ["teachers/u", "index.json"]
     (sealed_store / "teachers/t/zarr.json").unlink()
     assert any("teachers/t/zarr.json: missing" in fault for fault in verify(Store.open(sealed_store)).faults), (
         "its rows are sealed"
@@ -297,12 +302,41 @@ def test_an_index_that_is_older_than_a_seal(sealed_store: Path) -> None:
     """A kill came between the two; the records are good, and the next extraction writes it anew."""
     store = Store.open(sealed_store)
     ledger = teacher_ledger(store, "t", 0)
-    edit(ledger.folder / "receipts/1.json", lambda receipt: receipt.update(saturated=5))
-    edit(ledger.folder / "manifest.json", lambda manifest: manifest.update(saturated=5))
+
+    def seal(saturated: int) -> None:
+        key = f"{ROWS}/receipts/1.json"
+        edit(sealed_store / key, lambda receipt: receipt.update(saturated=saturated))
+        entry = stored_object((sealed_store / key).read_bytes()).model_dump()
+        edit(ledger.folder / "manifest.json", lambda manifest: manifest["objects"].update({key: entry}))
+        edit(ledger.folder / "manifest.json", lambda manifest: manifest.update(saturated=saturated))
+
+    seal(5)
     write_index(store)
-    edit(ledger.folder / "receipts/1.json", lambda receipt: receipt.update(saturated=4))
-    edit(ledger.folder / "manifest.json", lambda manifest: manifest.update(saturated=4))
+    seal(4)
     older = f"{sealed_store}/index.json: older than {ROWS}/manifest.json; run the same 'hdcache extract' again"
     assert verify(store).faults == [older]
     write_index(store)
     assert verify(store).good
+
+
+def test_what_is_written_meanwhile_is_not_damage(sealed_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are looked at first, the index last: a seal in between changes the index and what it alone lists."""
+    store = Store.open(sealed_store)
+    teacher_ledger(store, "t", 0).unseal()
+    write_index(store)
+    real, ledger = integrity.lost_records, teacher_ledger(store, "t", 0)
+
+    def sealing(store: Store) -> list[str]:
+        found = real(store)
+        if not ledger.sealed:
+            records = [receipt for shard in range(3) if (receipt := ledger.receipt(shard)) is not None]
+            manifest = view_ledger(store, 0).manifest()
+            ledger.seal(
+                records, {}, teacher="t", identity=store.teacher("t").identity_digest(), view=0, rows=manifest.rows
+            )
+            write_index(store)
+        return found
+
+    monkeypatch.setattr(integrity, "lost_records", sealing)
+    assert [fault for fault in verify(store).faults if "croissant" in fault or "index" in fault] == []
+    assert ledger.sealed

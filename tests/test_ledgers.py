@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdcache.durable import durable_write, partial_files
+from hdcache import ledgers
+from hdcache.durable import durable_write, partial_files, stored_object
 from hdcache.errors import StoreCorrupt
 from hdcache.index import write_index
 from hdcache.integrity import verify
@@ -87,18 +88,52 @@ def ledger_of(root: Path, *spans: tuple[int, int]) -> tuple[Ledger, list[Receipt
         Receipt(shard=i, rows=span, objects={key: listed[key]}, failed={span[0]: f"bad {i}"}, saturated=i)
         for i, (span, key) in enumerate(zip(spans, listed, strict=True))
     ]
-    return Ledger(root, "views/0"), made
+    ledger = Ledger(root, "views/0")
+    for receipt in made:
+        ledger.record(receipt)
+    return ledger, made
 
 
 def test_a_seal_adds_up_its_receipts_in_any_order(tmp_path: Path) -> None:
     ledger, made = ledger_of(tmp_path, (0, 4), (4, 8), (8, 9))
-    static = {"views/0/zarr.json": StoredObject(size=1, sha256="1" * 64)}
+    static = {"views/0/zarr.json": durable_write(tmp_path / "views/0/zarr.json", b"{}")}
     sealed = ledger.seal(made[::-1], static, rows=9, **SEAL)
     assert ledger.sealed
     assert ledger.manifest() == sealed
-    assert list(sealed.objects) == ["views/0/x/c.0", "views/0/x/c.1", "views/0/x/c.2", "views/0/zarr.json"]
+    receipts, shards = ([f"views/0/{name}" for name in names] for names in (
+        ("receipts/0.json", "receipts/1.json", "receipts/2.json"), ("x/c.0", "x/c.1", "x/c.2")
+    ))  # fmt: skip
+    assert list(sealed.objects) == [*receipts, *shards, "views/0/zarr.json"]
+    assert sealed.objects[receipts[1]] == stored_object(made[1].checked())
     assert sealed.failed == {0: "bad 0", 4: "bad 1", 8: "bad 2"}
     assert sealed.saturated == 3
+
+
+def test_what_a_seal_would_list_must_be_there(tmp_path: Path) -> None:
+    """Not only what the receipts tell of: a teacher's constants too."""
+    ledger, made = ledger_of(tmp_path, (0, 4))
+    constant = tmp_path / "teachers/t/encodings/final/mean/c.0"
+    static = {"teachers/t/encodings/final/mean/c.0": durable_write(constant, b"12345")}
+    for damage, said in ((None, "missing"), (b"", "0 bytes"), (b"123456", "6 bytes")):
+        constant.unlink() if damage is None else constant.write_bytes(damage)
+        with pytest.raises(
+            StoreCorrupt, match=rf"mean/c\.0: {said}, expected 5 bytes; not sealed: run the same command"
+        ):
+            ledger.seal(made, static, rows=4, **SEAL)
+        assert not ledger.sealed
+    constant.write_bytes(b"12345")
+    assert ledger.seal(made, static, rows=4, **SEAL).objects.keys() > static.keys()
+
+
+def test_a_seal_that_nobody_could_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, made = ledger_of(tmp_path, (0, 4), (4, 8))
+    monkeypatch.setattr(ledgers, "RECORD_BYTES", 600)
+    with pytest.raises(
+        StoreCorrupt,
+        match=r"manifest\.json: \d+ bytes, for 4 objects and 2 failed rows, .*with larger --rows-per-shard",
+    ):
+        ledger.seal(made, {}, rows=8, **SEAL)
+    assert not ledger.sealed
 
 
 def test_sealing_twice_is_sealing_once(tmp_path: Path) -> None:
@@ -157,9 +192,7 @@ def test_a_seal_that_is_withdrawn_is_no_longer_listed(sealed_store: Path) -> Non
     view_ledger(store, 0).unseal()
     left = read_index(sealed_store)
     assert left is not None
-    assert whole.keys() - left.objects.keys() == {
-        "views/0/manifest.json", *(f"views/0/receipts/{shard}.json" for shard in range(3))
-    }  # fmt: skip
+    assert whole.keys() - left.objects.keys() == {"views/0/manifest.json"}
     assert {key: whole[key] for key in left.objects} == left.objects
     assert verify(store).good
     (sealed_store / "index.json").write_bytes(b"broken")
@@ -175,7 +208,7 @@ def test_a_seal_can_be_withdrawn(sealed_store: Path) -> None:
     ledger.unseal()
     assert not ledger.sealed
     assert store.views("t") == []
-    assert verify(store).unsealed == [ROWS]
+    assert verify(store).unsealed == [ROWS, "index.json"]
     static = {k: v for k, v in sealed.objects.items() if not k.startswith(ROWS) or k.endswith("zarr.json")}
     again = ledger.seal(receipts(ledger), static, teacher="t", identity=sealed.identity, view=0, rows=20)
     assert again == sealed
@@ -190,7 +223,6 @@ def test_a_seal_covers_the_records_it_rests_on(sealed_store: Path) -> None:
     groups = {"views/zarr.json", "teachers/zarr.json"}
     assert files - listed - samples - groups == {
         *(f"{key}/manifest.json" for key in (ROWS, "views/0")),
-        *(f"{key}/receipts/{n}.json" for key in (ROWS, "views/0") for n in range(3)),
         "about.json",
     }
     assert {"zarr.json", "samples/receipt.json", "teachers/t/zarr.json"} <= listed

@@ -18,7 +18,7 @@ from PIL import Image
 from hdcache.errors import HdcacheError, InputNotFound, StoreCorrupt, UsageError
 from hdcache.reader import TeacherReader
 from hdcache.schema import Preprocessing
-from hdcache.sharing import look as module
+from hdcache.sharing import originals as module
 from hdcache.sharing.look import Look
 from hdcache.store import Store
 from hdcache.views import render

@@ -10,6 +10,7 @@ import pytest
 
 from hdcache.errors import InputNotFound, OutOfSpace, StoreCorrupt, StoreMismatch
 from hdcache.integrity import verify
+from hdcache.ledgers import Ledger
 from hdcache.sharing.folder import Folder
 from hdcache.sharing.merging import Plan
 from hdcache.sharing.selection import Contents, Wanted
@@ -181,7 +182,7 @@ def test_a_folder_of_other_things_is_no_place_for_a_store(source: Path, tmp_path
 
 def test_rows_of_a_view_that_is_not_sealed(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "a")
-    (tmp_path / "a/views/1/manifest.json").unlink()
+    Ledger(tmp_path / "a", "views/1").unseal()
     with pytest.raises(StoreCorrupt, match="rows of view 1 are sealed, the view itself is not; copy from elsewhere"):
         copy(tmp_path / "a", tmp_path / "b")
 

@@ -38,6 +38,34 @@ def test_an_object_is_read_and_proven_once(
     found.close()
 
 
+@pytest.mark.parametrize("good_first", [True, False])
+def test_what_is_proven_is_what_is_read(
+    good_first: bool, tmp_path: Path, listed: StoredObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file has the name by then."""
+    path, other = tmp_path / "s/a/c.0", tmp_path / "other"
+    other.write_bytes(DATA.upper())
+    if not good_first:
+        path.rename(tmp_path / "good")
+        other.rename(path)
+        (tmp_path / "good").rename(other)
+    real = ObjectFiles.folder
+
+    def exchanged(files: ObjectFiles, key: str) -> Path:
+        other.replace(path)
+        return real(files, key)
+
+    monkeypatch.setattr(ObjectFiles, "folder", exchanged)
+    files = ObjectFiles(tmp_path / "s")
+    if good_first:
+        with files.open("a/c.0", listed) as file:
+            assert file.tell() == 0
+            assert file.read() == DATA
+    else:
+        with pytest.raises(StoreCorrupt, match=r"a/c\.0: sha256 "):
+            files.open("a/c.0", listed)
+
+
 @pytest.mark.parametrize("damage", [b"", b"t", DATA[:-1], DATA + b"!", DATA.upper(), bytes(len(DATA)), None])
 def test_damage_is_named(tmp_path: Path, listed: StoredObject, damage: bytes | None) -> None:
     path = tmp_path / "s/a/c.0"

@@ -173,7 +173,7 @@ def test_damaged_bytes_name_the_object_and_the_others_are_still_read(kept: Store
 def test_a_store_without_samples_says_how_to_add_them(kept: Store, tmp_path: Path) -> None:
     (kept.path / "samples/pixels/manifest.json").unlink()
     with pytest.raises(
-        StoreCorrupt, match=r"samples/pixels/manifest\.json: missing, and all that it speaks of is there"
+        StoreCorrupt, match=r"samples/pixels/manifest\.json: missing, though it was there when index\.json was written"
     ):
         packed_dataset(kept)
     (kept.path / "index.json").unlink()

@@ -222,6 +222,9 @@ def test_another_size_than_the_store_has_is_refused(tmp_path: Path, tiny: str, m
         run(root, tmp_path / "x", f"t={tiny}", pixels="small")
     assert not (tmp_path / "x").exists()
     shutil.rmtree(tmp_path / "s/samples/pixels")
+    with pytest.raises(StoreCorrupt, match=r"samples/pixels/manifest\.json: missing, though it was there"):
+        describe_store(Store.open(tmp_path / "s"))
+    (tmp_path / "s/index.json").unlink()  # it was removed on purpose
     assert "not kept here" in format_store(describe_store(Store.open(tmp_path / "s")))
 
 

@@ -97,6 +97,32 @@ def test_no_text_of_a_store_becomes_markup(text: str) -> None:
     )
 
 
+def test_nothing_in_a_name_changes_how_others_are_read() -> None:
+    """Overrides of the direction of writing, control characters, half a letter."""
+    for page in every_page("licence \u202egpl\u202c \x1b[2J \x00 \ud800 \u2066"):
+        text = page.decode()
+        assert all(letter.isprintable() or letter in "\n\t" for letter in text)
+        assert r"\u202e" in text
+
+
+def test_addresses_of_a_store_stay_here() -> None:
+    """Whatever a store is called, its links lead to this server."""
+    for path in (
+        "javascript:alert(1)",
+        "//evil.example",
+        "https://evil.example",
+        "../..",
+        "data:text/html,x",
+        "\\\\evil",
+    ):
+        entry = hostile("x").model_copy(update={"path": path})
+        read = Reading(pages.catalogue_page("n", [entry], "", 1))
+        links = [value for value in read.values("href") if value.startswith("/view")]
+        assert links == [f"/view/{pages.quoted(path)}"]
+        assert Reading(pages.store_page(entry, "http://localhost/x", [])).values("data-store") == [pages.quoted(path)]
+        check(pages.catalogue_page("n", [entry], "", 1))
+
+
 def test_what_the_look_offers_survives_its_attribute() -> None:
     page = pages.store_page(hostile(EVIL), "http://localhost/x", [])
     (choices,) = Reading(page).values("data-choices")
@@ -112,6 +138,15 @@ def test_commands_of_a_hostile_name_are_one_word(sealed_store: Path) -> None:
     assert pull[:2] == ["hdcache", "pull"]
     assert pull[3:] == [name]
     compile(commands["Train from it in your own loop"], "loop", "exec")
+
+
+def test_a_name_is_never_an_option_of_a_command(sealed_store: Path) -> None:
+    name = "--endpoint-url=http:evil"
+    sealed_store.rename(sealed_store.parent / name)
+    (entry,) = Catalogue(sealed_store.parent).entries()
+    commands = dict(pages._commands(entry, f"http://h/{pages.quoted(name)}", name))
+    assert shlex.split(commands["Copy it to this machine"])[3:] == [f"./{name}"]
+    assert shlex.split(commands["Check every byte of the copy"])[2:] == [f"./{name}"]
 
 
 def test_a_page_says_what_the_store_says(sealed_store: Path) -> None:

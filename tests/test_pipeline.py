@@ -25,7 +25,7 @@ from hdcache.extract.opening import open_or_create
 from hdcache.extract.pipeline import Pipeline, Timing
 from hdcache.extract.rows import decode_row, order_of, shard_rows
 from hdcache.extract.writer import Row, ViewWriter
-from hdcache.integrity import view_ledger
+from hdcache.ledgers import view_ledger
 from hdcache.schema import ArrayCard, Preprocessing, Receipt
 from hdcache.shards import Codec
 from hdcache.store import Store

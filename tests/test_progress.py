@@ -56,6 +56,13 @@ def test_time_of_other_work_takes_no_part_in_the_rate(clock: Clock) -> None:
     assert "ETA 5.0s" in bar.line()
 
 
+def test_bytes_are_shown_in_units_that_people_read(clock: Clock) -> None:
+    bar = Progress("verify", 1_300_000_000, "bytes", stream=io.StringIO())
+    clock.now += 10
+    bar.advance(489_767_910)
+    assert bar.line() == "verify  489.8 MB of 1.3 GB (38 %)  49.0 MB/s  ETA 16.5s"
+
+
 def test_a_terminal_gets_one_line_that_is_overwritten(clock: Clock) -> None:
     stream = Terminal()
     with Progress("x", 3, "rows", stream=stream) as bar:

@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ import numpy as np
 import pytest
 
 import racing
+from hdcache.arrays import ShardWriter
+from hdcache.durable import durable_write
+from hdcache.errors import StoreLocked
 from hdcache.index import write_index
 from hdcache.integrity import verify
+from hdcache.leases import Owner
 from hdcache.ledgers import teacher_ledger, view_ledger
 from hdcache.store import Store
 from hdcache.stored_rows import StoredRows
@@ -107,6 +113,47 @@ def test_all_may_seal_what_is_the_same_and_one_what_is_not(race: Race, sealed_st
         for kind, text in refused:
             assert (kind, "already sealed with other content; run 'hdcache verify'" in text) == ("StoreCorrupt", True)
         assert not list(ledger.folder.rglob("*.partial"))
+
+
+def test_who_lost_a_lease_changes_nothing_more(sealed_store: Path, tree: Tree) -> None:
+    """Suspended, and taken over from another machine; wherever the writer was."""
+    writer = view_writer(str(sealed_store), 1)
+    sealed = teacher_ledger(writer.store, "t", 0)
+    receipt = sealed.receipt(0)
+    assert receipt is not None
+    note = sealed_store / ".t.owner"
+    taker = json.dumps(asdict(replace(Owner.here(), host="elsewhere", process=7))).encode()
+
+    with writer.store.lock("t"):
+        writer.open()
+        real, turn, seen = ShardWriter.encode, threading.Lock(), []
+
+        def suspended(*arguments: Any) -> bytes:
+            with turn:  # several arrays are encoded at once
+                durable_write(note, taker)
+                seen.append(tree(sealed_store))
+            return real(*arguments)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(ShardWriter, "encode", suspended)
+            with pytest.raises(
+                StoreLocked, match=r"taken over by .*process 7 on elsewhere.* while this process was su"
+            ):
+                write_shard(writer, 0, 1)
+        assert tree(sealed_store) == seen[0]
+        static, told = sealed.manifest().objects, {"teacher": "t", "identity": "x", "view": 0, "rows": 20}
+        for act in (
+            lambda: write_shard(writer, 0, 1),
+            lambda: sealed.record(receipt),
+            sealed.unseal,
+            lambda: sealed.withdraw(0),
+            lambda: sealed.replace(receipt),
+            lambda: sealed.seal([receipt], static, **told),
+        ):
+            with pytest.raises(StoreLocked, match="while this process was suspended; run the same command again"):
+                act()
+        assert tree(sealed_store) == seen[0]
+    assert note.read_bytes() == taker
 
 
 def test_copies_to_one_folder_end_in_one_store(race: Race, tmp_path: Path) -> None:

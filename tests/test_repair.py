@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from hdcache import cli
-from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch
+from hdcache.errors import InputNotFound, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
 from hdcache.extract.repair import check_repaired, format_repair, repair
 from hdcache.extract.rows import shard_rows
 from hdcache.extract.run import extract
-from hdcache.integrity import teacher_ledger, verify
+from hdcache.integrity import verify
+from hdcache.ledgers import Ledger, file_size, teacher_ledger, view_ledger
 from hdcache.reader import TeacherReader
 from hdcache.store import Store
 from hdcache.taps import Tokens
@@ -163,14 +164,13 @@ def test_from_a_copy_a_seal_and_its_receipts_come_back_together(made: Path, root
     result = repair(root, copy=made / "s")
     assert result["good"], [one for one in result["damaged"] if not one["outcome"]]
     assert tree(root) == before
-    assert "missing, but index.json lists it" in format_repair(result)
+    assert "missing, though it was there when index.json was written" in format_repair(result)
 
 
-def test_a_copy_of_something_else_gives_nothing(
-    root: Path, tmp_path: Path, tiny: str, make_npz: Any, tree: Tree
-) -> None:
-    other = make_npz(tmp_path / "other.npz", 24, seed=5)
-    extract(other, store=tmp_path / "o", teachers=[f"t={tiny}&num_classes=6"], taps=["block3.attn_in"], **COMMON)
+def test_a_copy_of_other_rows_gives_nothing(made: Path, root: Path, tmp_path: Path, tiny: str, tree: Tree) -> None:
+    """Of the same data, so that its id is this store's, but of another network."""
+    data = str(made / "data.npz")
+    extract(data, store=tmp_path / "o", teachers=[f"t={tiny}&seed=5"], taps=["block3.attn_in"], **COMMON)
     flip(root / ROWS / "block3.attn_in/codes/c.0.0.0")
     flip(root / ROWS / "manifest.json")
     flip(root / "teachers/t/views/1/receipts/0.json")
@@ -179,17 +179,14 @@ def test_a_copy_of_something_else_gives_nothing(
     assert tree(root) == before
     assert not result["good"]
     why = {one["key"]: one["why_not"] for one in result["damaged"]}
-    assert "does not agree with the receipts here; is" in why[f"{ROWS}/manifest.json"]
-    assert why[f"{ROWS}/block3.attn_in/codes/c.0.0.0"].endswith(("damaged too", "is not there"))
-    assert why["teachers/t/views/1/receipts/0.json"].endswith(
-        "missing; copy the store again or rerun 'hdcache extract'"
+    assert (
+        "is another object, or is damaged too" in why[f"{ROWS}/manifest.json"]
+        or "another size" in why[f"{ROWS}/manifest.json"]
     )
+    assert why[f"{ROWS}/block3.attn_in/codes/c.0.0.0"].endswith(("damaged too", "is not there"))
+    assert why["teachers/t/views/1/receipts/0.json"].endswith("is not there")
     with pytest.raises(StoreCorrupt, match=r"0 of 3 damaged objects mended; "):
         check_repaired(result)
-    with pytest.raises(InputNotFound, match=r"no store there; --from takes the folder of another copy"):
-        repair(root, copy=tmp_path / "nowhere")
-    with pytest.raises(InputNotFound, match=r"that is the store itself"):
-        repair(root, copy=root)
 
 
 def test_records_cannot_be_made_again(root: Path, tree: Tree) -> None:
@@ -361,22 +358,324 @@ def test_weights_that_moved_are_named(tmp_path: Path, tiny: str, make_npz: Any) 
     assert mend(root, teachers=[f"t={spec.replace('w.safe', 'v.safe')}"])["good"]
 
 
-def test_a_seal_and_a_receipt_that_are_both_lost(root: Path, tiny: str, made: Path, tree: Tree) -> None:
-    """The advice is followed: without both, the same extraction makes the same store."""
+@pytest.mark.parametrize("key", [ROWS, "views/1", "samples/pixels"])
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_seal_and_a_receipt_that_are_both_lost(
+    key: str, damage: Callable[[Path], None], root: Path, tree: Tree
+) -> None:
+    """The shard is made again, and it is what lies there: so it was that which the receipt spoke of."""
     before = tree(root)
-    for name in ("manifest.json", "receipts/1.json"):
-        flip(root / ROWS / name)
-    why = {one["key"]: one["why_not"] for one in mend(root)["damaged"]}
-    assert "delete both and run the same 'hdcache extract' command again" in why[f"{ROWS}/receipts/1.json"]
-    assert "must be mended first" in why[f"{ROWS}/manifest.json"]
-    for name in ("manifest.json", "receipts/1.json"):
+    damage(root / key / "manifest.json")
+    (root / key / "receipts/1.json").unlink()
+    result = mend(root)
+    assert result["good"], result
+    assert tree(root) == before
+    assert "sealed again from its receipts, as it was" in format_repair(result)
+
+
+def test_rows_that_could_not_be_read_are_told_again(
+    tmp_path: Path, tiny: str, make_folder: Callable[..., Path], tree: Tree
+) -> None:
+    """Why they could not be read is in no other place than in what is lost; the images are as they were."""
+    images = make_folder(tmp_path / "images", 16)
+    broken = sorted(images.rglob("*.png"))[3]
+    data = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    root = tmp_path / "f"
+    extract(str(images), store=root, teachers=[f"t={tiny}"], taps=["final"], **COMMON)
+    before = tree(root)
+    bad = next(n for n in (0, 1) if (receipt := view_ledger(Store.open(root), 0).receipt(n)) and receipt.failed)
+    for name in ("manifest.json", f"receipts/{bad}.json"):
         (root / ROWS / name).unlink()
-    unfinished = mend(root)
-    assert unfinished["unsealed"] == [ROWS]
-    assert f"not sealed yet: {ROWS}; run the same 'hdcache extract'" in format_repair(unfinished)
+        (root / "views/0" / name).unlink()
+    broken.write_bytes(data)
+    whys = {one["key"]: one["why_not"] for one in mend(root)["damaged"]}
+    assert "could not be read when its view was recorded, and can be by now" in whys[f"views/0/receipts/{bad}.json"]
+    broken.write_bytes(b"no image")
+    assert mend(root)["good"]
+    assert tree(root) == before
+
+
+def test_a_shard_that_comes_out_otherwise_tells_nothing(root: Path, made: Path, tree: Tree, rounding: None) -> None:
+    """What is damaged stays damaged for all who look: the seal that cannot be read is not taken away."""
+    good, view = tree(root), "teachers/m/views/0"
+    flip(root / view / "manifest.json")
+    (root / view / "receipts/1.json").unlink()
+    before = tree(root)
+    result = mend(root)
+    assert tree(root) == before
+    why = {one["key"]: one["why_not"] for one in result["damaged"]}
+    assert "is not what it is when made again; take it from a good copy" in why[f"{view}/receipts/1.json"]
+    assert (
+        "delete what is left of the seal and of this receipt, and run the same 'hdcache extract'"
+        in why[f"{view}/receipts/1.json"]
+    )
+    assert "must be mended first" in why[f"{view}/manifest.json"]
+    assert not verify(Store.open(root)).good
+    assert repair(root, copy=made / "s")["good"]
+    assert tree(root) == good
+
+
+def test_a_seal_without_receipts_is_not_taken_away(root: Path, tiny: str, tree: Tree) -> None:
+    good = tree(root)
+    flip(root / ROWS / "manifest.json")
+    shutil.rmtree(root / ROWS / "receipts")
+    before = tree(root)
+    result = mend(root)
+    assert tree(root) == before
+    why = {one["key"]: one["why_not"] for one in result["damaged"]}
+    assert f"the receipts of {ROWS} cover 0 of 24 rows" in why[f"{ROWS}/manifest.json"]
+    assert not verify(Store.open(root)).good
+    shutil.rmtree(root / ROWS)
+    result, index = mend(root), (root / "index.json").read_bytes()
+    assert not (root / ROWS).exists()
+    assert f"{ROWS}/manifest.json".encode() in index
+    with pytest.raises(StoreCorrupt, match=rf"{ROWS}/manifest\.json: "):
+        check_repaired(result)
     taps = ["block3.attn_in", "logits", "block2.rel.qk"]
     extract(store=root, teachers=[f"t={tiny}&num_classes=6"], taps=taps, top_k=3, num_views=2, **COMMON)
+    assert tree(root) == good, "the advice is followed"
+
+
+def test_without_the_index_it_is_said_what_there_is(root: Path) -> None:
+    """A view that is gone with it is missed by nothing: the reader of the result may."""
+    shutil.rmtree(root / ROWS)
+    (root / "teachers/m/views/0/manifest.json").unlink()
+    (root / "teachers/m/views/0/receipts/1.json").unlink()
+    flip(root / "index.json")
+    for dry_run in (True, False):
+        text = format_repair(mend(root, dry_run=dry_run))
+        assert (
+            "there are m with 0 sealed views [], t with 1 sealed view [1]; not sealed: teachers/m/views/0: if something lacks"
+            in text
+        )
+    assert "index.json was damaged" not in format_repair(mend(root))
+
+
+@pytest.mark.parametrize("key", [ROWS, "views/1", "samples/pixels"])
+def test_a_seal_that_cannot_be_written_leaves_the_old_one(
+    key: str, root: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    flip(root / key / "manifest.json")
+    before = tree(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "seal", fails)
+        (one,) = [one for one in mend(root)["damaged"] if one["kind"] != "index"]
+    assert one["why_not"] == "Input/output error"
     assert tree(root) == before
+
+
+def test_another_seal_than_the_index_lists(root: Path, tree: Tree) -> None:
+    """A receipt that says otherwise, well-formed as it is: not without being asked."""
+    flip(root / ROWS / "manifest.json")
+    ledger = teacher_ledger(Store.open(root), "t", 0)
+    known = ledger.receipt(1)
+    assert known is not None
+    ledger.record(known.model_copy(update={"failed": {9: "x"}}))
+    before = tree(root)
+    result = mend(root)
+    assert tree(root) == before
+    assert [one["why_not"] for one in result["damaged"]] == ["made again, but it is not the seal that index.json lists"]
+    with pytest.raises(StoreMismatch, match="--reseal"):
+        check_repaired(result)
+    result = mend(root, reseal=True)
+    assert result["good"], result
+    assert "it was another one" in format_repair(result)
+
+
+def test_the_index_waits_for_all_else(root: Path) -> None:
+    """It alone says that the record is lost, and is written when nothing is any more."""
+    (root / ROWS / "manifest.json").unlink()
+    (root / "teachers/m/zarr.json").unlink()
+    index = (root / "index.json").read_bytes()
+    result = mend(root)
+    assert {one["key"]: bool(one["outcome"]) for one in result["damaged"]} == {
+        "teachers/m/zarr.json": False, f"{ROWS}/manifest.json": True,
+    }  # fmt: skip
+    assert (root / "index.json").read_bytes() == index
+    shutil.rmtree(root / "teachers/m")
+    assert not mend(root)["good"]
+
+
+def test_a_seal_that_was_withdrawn_and_not_given_again(
+    root: Path, rounding: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard is taken, and the view is not sealed: that is no repaired store."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise StoreCorrupt("no seal")
+
+    flip(root / "teachers/m/views/0/final/values/c.0.0.0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "seal", fails)
+        result = mend(root, reseal=True)
+    assert all(one["outcome"] for one in result["damaged"])
+    assert result["unsealed"] == ["teachers/m/views/0"]
+    with pytest.raises(StoreCorrupt, match=r"teachers/m/views/0: sealed when the index was written, and not any more"):
+        check_repaired(result)
+    assert mend(root)["damaged"]
+    assert mend(root)["good"]
+
+
+def test_a_receipt_is_that_which_the_seal_lists_or_none(
+    root: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hdcache.extract import record_mending
+
+    of = record_mending.receipt_of
+
+    def other(*given: Any) -> Any:
+        return of(*given).model_copy(update={"failed": {0: "x"}})
+
+    (root / ROWS / "receipts/1.json").unlink()
+    before = tree(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(record_mending, "receipt_of", other)
+        (one,) = [one for one in mend(root)["damaged"] if one["kind"] != "index"]
+    assert "it is not the one that the seal lists; take it from a good copy" in one["why_not"]
+    assert tree(root) == before
+
+
+# Copies that have some taps only
+
+
+@pytest.fixture
+def part(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A copy of the logits of teacher ``t``."""
+    monkeypatch.setattr("hdcache.stopping.install", lambda: None)
+    assert call(capsys, "pull", made / "s", tmp_path / "part", "--teacher", "t", "--tap", "logits", "-q")[0] == 0
+    return tmp_path / "part"
+
+
+NOTE = "teachers/t/held.json"
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+@pytest.mark.parametrize("copied", [False, True])
+def test_which_taps_a_copy_has_follows_from_what_is_there(
+    damage: Callable[[Path], None], copied: bool, part: Path, made: Path, tree: Tree
+) -> None:
+    """No other tap is extracted, or fetched; what is damaged of its own is mended, as far as that goes."""
+    before = tree(part)
+    damage(part / NOTE)
+    assert "would be written again" in format_repair(mend(part, dry_run=True)) or copied
+    result = mend(part, copy=made / "s" if copied else None)
+    assert result["good"], result
+    assert [one["key"] for one in result["damaged"]] == [NOTE]
+    assert "written again: something of logits is there" in format_repair(result)
+    assert tree(part) == before
+    damage(part / NOTE)
+    flip(part / "teachers/t/views/1/logits/values/c.1.0")
+    result = mend(part, copy=made / "s")
+    assert result["good"], result
+    assert tree(part) == before
+
+
+def test_a_note_in_a_whole_copy_is_removed(root: Path, tree: Tree) -> None:
+    before = tree(root)
+    (root / NOTE).write_text("{")
+    result = mend(root)
+    assert result["good"], result
+    assert tree(root) == before
+    assert "removed: something of every tap is there" in format_repair(result)
+
+
+def test_what_a_copy_lacks_is_pulled_again(
+    part: Path, made: Path, tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The advice is followed."""
+    before, name = tree(part), "teachers/t/views/1/logits/values/c.1.0"
+    flip(part / name)
+    (one,) = mend(part)["damaged"]
+    assert (
+        "delete the damaged file and run the same 'hdcache pull' again, or take it from a good copy" in one["why_not"]
+    )
+    (part / name).unlink()
+    assert call(capsys, "pull", made / "s", part, "--teacher", "t", "--tap", "logits", "-q")[0] == 0
+    assert tree(part) == before
+
+
+def test_a_copy_without_its_note_may_be_one(part: Path) -> None:
+    (part / NOTE).unlink()
+    text = format_repair(mend(part, dry_run=True))
+    assert (
+        "nothing of tap block2.rel.qk, block3.attn_in of teacher t is there: if this is a partial copy, whose held.json is lost, run"
+        in text
+    )
+    assert "'--teacher t --tap logits' again instead" in text
+
+
+# What cannot be read now
+
+
+def test_what_cannot_be_read_is_not_damaged(root: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails for a moment: nothing is judged, nothing is made again, and the exit code says why."""
+    before, look, opened = tree(root), file_size, os.open
+
+    def fails(path: Any, *more: Any, **others: Any) -> Any:
+        if str(path) == str(root / name):
+            raise OSError(5, "Input/output error", str(path))
+        return (opened if more or others else look)(path, *more, **others)
+
+    for name in (
+        f"{ROWS}/logits/values/c.0.0",
+        "zarr.json",
+        "croissant.json",
+        f"{ROWS}/manifest.json",
+        "teachers/t/zarr.json",
+        "index.json",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("hdcache.integrity.file_size", fails)
+            patch.setattr(os, "open", fails)
+            for dry_run in (True, False):
+                with pytest.raises(
+                    InputNotFound, match=r"Input/output error.*; what the system cannot read now is not"
+                ) as left:
+                    mend(root, dry_run=dry_run)
+                assert left.value.exit_code == 3
+                assert name in str(left.value)
+    assert tree(root) == before
+
+
+# What is refused before anything is looked at
+
+
+def test_what_cannot_be_meant_is_refused_first(
+    root: Path, made: Path, tmp_path: Path, tiny: str, make_npz: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was looked at")
+
+    monkeypatch.setattr("hdcache.extract.repair.survey", looked)
+    other = make_npz(tmp_path / "other.npz", 24, seed=5)
+    extract(other, store=tmp_path / "o", teachers=[f"t={tiny}"], taps=["final"], **COMMON)
+
+    def refused(error: type[Exception], words: str, path: Any = root, **settings: Any) -> None:
+        for dry_run in (False, True):
+            with pytest.raises(error, match=words):
+                repair(path, dry_run=dry_run, **settings)
+
+    refused(UsageError, r"another store \(id .*\); --from takes a copy of .*s \(id", copy=tmp_path / "o")
+    refused(InputNotFound, r"no store there; --from takes the folder of another copy", copy=tmp_path / "nowhere")
+    refused(InputNotFound, r"that is the store itself", copy=root)
+    refused(UsageError, r"--from http://x/y: .*get it first: hdcache pull http://x/y COPY", copy="http://x/y")
+    refused(UsageError, r"^http://x/y: .*get it first: hdcache pull http://x/y FOLDER", "http://x/y")
+    refused(UsageError, "STORE is empty; name the folder", "")
+    refused(UsageError, "--from is empty; name the folder", copy="")
+    refused(UsageError, "device 'foo' cannot be used here", device="foo")
+    refused(UsageError, "threads 0 must be at least 1", threads=0)
+    refused(UsageError, "--teacher t: say where its weights are: --teacher t=MODEL", teachers=["t"])
+    refused(UsageError, "--teacher t=: say where its weights are", teachers=["t="])
+    refused(InputNotFound, r"no teacher 'zz' \(teachers: m, t\)", teachers=["zz=foo"])
+    refused(InputNotFound, "nowhere", data=str(tmp_path / "nowhere"))
+    refused(StoreMismatch, "was made from other data than", data=other)
+    flip(root / "samples/label/c.0")
+    with pytest.raises(AssertionError):
+        repair(root, data=str(made / "data.npz"))
 
 
 def test_foreign_files_are_left_alone(root: Path) -> None:
@@ -520,3 +819,35 @@ def test_the_command(
     code, out, err = call(capsys, "repair", root, "--teacher", "t")
     assert code == 2
     assert "say where its weights are: --teacher t=MODEL" in err
+
+
+@pytest.mark.parametrize("folder", ["teachers/t/views/1", "teachers/t", "views/1", "views", "teachers"])
+def test_a_folder_that_is_gone_comes_back_from_a_copy(folder: str, root: Path, made: Path, tree: Tree) -> None:
+    """Plain repair says that it is gone; a copy has it to the byte, with the notes that no record lists."""
+    before = tree(root)
+    shutil.rmtree(root / folder)
+    result = repair(root, data=None, quiet=True)
+    assert not result["good"]
+    assert {one["key"].startswith(folder) for one in result["damaged"] if one["key"].endswith("manifest.json")} == {
+        True
+    }
+    result = repair(root, copy=made / "s", quiet=True)
+    assert result["good"], result
+    assert not [note for note in result["notes"] if "partial copy" in note]
+    assert tree(root) == before
+    assert verify(Store.open(root)).good
+
+
+@pytest.mark.parametrize("folder", ["teachers/t/views/1", "views/1", "samples/pixels"])
+def test_a_folder_that_is_gone_comes_back_by_the_same_command(
+    folder: str, root: Path, made: Path, tiny: str, tree: Tree
+) -> None:
+    before = tree(root)
+    shutil.rmtree(root / folder)
+    taps = ["block3.attn_in", "logits", "block2.rel.qk"]
+    settings = COMMON | {"store": root, "pixels": "source"}
+    extract(
+        f"npz:{made / 'data.npz'}", teachers=[f"t={tiny}&num_classes=6"], taps=taps, top_k=3, num_views=2, **settings
+    )
+    assert tree(root) == before
+    assert verify(Store.open(root)).good

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hdcache.durable import stored_object
 from hdcache.errors import HdcacheError, InputNotFound, StoreCorrupt, StoreMismatch
-from hdcache.index import Index
-from hdcache.ledgers import total_of
+from hdcache.index import write_index
+from hdcache.ledgers import Index, Ledger, total_of
 from hdcache.schema import Manifest, Receipt
 from hdcache.sharing.folder import Folder
 from hdcache.sharing.selection import (
@@ -29,6 +29,7 @@ from hdcache.sharing.selection import (
     read_index,
     seal_faults,
 )
+from hdcache.store import Store
 from test_objects import Scripted
 from travelling import write_travelling
 
@@ -87,7 +88,9 @@ def test_a_store_says_what_it_holds(store: Path) -> None:
             True,
         )
         assert contents.unsealed == []
-        assert [*contents.receipts("views/1")] == [f"views/1/receipts/{n}.json" for n in range(3)]
+        assert [*contents.receipts("views/1", contents.manifest("views/1"))] == [
+            f"views/1/receipts/{n}.json" for n in range(3)
+        ]
         for key in ("views/0", "views/1", "samples/pixels", "teachers/t/views/0", "teachers/u/views/1"):
             assert contents.manifest(key).objects
 
@@ -97,8 +100,8 @@ def test_the_index_of_a_listing_is_the_one_that_was_written(store: Path) -> None
 
 
 def test_what_is_not_complete_is_named(store: Path) -> None:
-    (store / "teachers/u/views/1/manifest.json").unlink()
-    (store / "teachers/t/views/0/manifest.json").unlink()
+    for key in ("teachers/u/views/1", "teachers/t/views/0"):
+        Ledger(store, key).unseal()
     contents = Contents.read(Folder(store))
     assert contents.unsealed == ["teachers/t", "teachers/t/views/0", "teachers/u/views/1"]
     assert contents.choose(Wanted()).keys() == {"u"}
@@ -352,3 +355,10 @@ def test_receipts_and_manifest_must_agree(store: Path) -> None:
 )
 def test_ledgers_by_their_manifests(key: str, ledger: str | None) -> None:
     assert ledger_of(key) == ledger
+
+
+def test_a_store_that_lost_a_view_is_not_copied_as_one_that_never_had_it(store: Path) -> None:
+    write_index(Store.open(store))
+    shutil.rmtree(store / "views/1")
+    with pytest.raises(StoreCorrupt, match=r"views/1/manifest\.json: missing, though it was there"):
+        Contents.read(Folder(store))

@@ -226,6 +226,21 @@ def test_links_lead_nowhere(server: Server, sealed_store: Path, tmp_path: Path) 
     assert ask(server, "/store/samples/c.2")[0] == 404
 
 
+def test_a_link_that_is_put_there_meanwhile_leads_nowhere(
+    server: Server, sealed_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each came right after addresses were looked at."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "c.0").write_text("secret")
+    os.symlink(tmp_path / "outside", sealed_store / "samples" / "linked")
+    os.symlink(tmp_path / "outside" / "c.0", sealed_store / "samples" / "c.0")
+    monkeypatch.setattr(os.path, "realpath", lambda path, **more: os.fspath(path))
+    for path in ("samples/linked/c.0", "samples/c.0"):
+        status, _, body = ask(server, f"/store/{path}")
+        assert (status, b"secret" in body) == (404, False)
+    assert ask(server, f"/store/{KEY}")[0] == 200
+
+
 def test_another_name_of_this_machine_is_refused(server: Server) -> None:
     """A page elsewhere whose name was made to point here must not read what is here."""
     for host in ("evil.example", "evil.example:8008", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1"):
@@ -262,6 +277,8 @@ def test_a_connection_is_used_again_and_a_body_is_never_a_request(server: Server
     inner = b"GET /secret.txt HTTP/1.1\r\nHost: localhost\r\n\r\n"
     smuggled = b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(inner), inner)
     assert raw(server, smuggled).count(b"HTTP/1.1") == 1
+    twice = smuggled.replace(b"Content-Length", b"Content-Length: 0\r\nContent-Length", 1)
+    assert raw(server, twice).count(b"HTTP/1.1") == 1
     posted = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(inner), inner)
     assert raw(server, posted).count(b"HTTP/1.1") == 1
 
@@ -334,6 +351,14 @@ def test_a_look_is_answered(server: Server) -> None:
     assert json.loads(ask(server, "/look/image/store?view=0&row=3")[2])["why"]
 
 
+def test_texts_of_a_look_change_nothing_beside_them(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample's name or a reason may hold what turns the direction of writing."""
+    from hdcache.sharing.look import Look
+
+    monkeypatch.setattr(Look, "image", lambda *asked: {"image": "", "why": "\u202egpj.a\x1b"})
+    assert json.loads(ask(server, "/look/image/store?view=0&row=3")[2])["why"] == r"\u202egpj.a\x1b"
+
+
 def test_an_unforeseen_fault_is_an_answer_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("unforeseen")
@@ -367,6 +392,69 @@ def test_originals_are_shown_when_asked_for(sealed_store: Path) -> None:
         server = make_server(Catalogue(sealed_store), "127.0.0.1", 0, **more)
         server.server_close()
         assert server.site._originals is expected
+
+
+def test_of_two_hosts_none_is_taken(server: Server) -> None:
+    two = b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"
+    assert raw(server, two).startswith(b"HTTP/1.1 400")
+    assert raw(server, two.replace(b"evil.example", b"localhost")).startswith(b"HTTP/1.1 400")
+
+
+def test_pages_of_other_sites_cannot_give_it_work(server: Server) -> None:
+    """They may lead here, and load nothing from here."""
+    look = "/look/row/store?view=0&row=3&teacher=t&tap=final"
+    assert ask(server, look, Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors")[0] == 403
+    assert ask(server, f"/store/{KEY}", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="cors")[0] == 403
+    assert ask(server, "/view/store", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 200
+    for site in ("same-origin", "none"):
+        assert ask(server, look, Sec_Fetch_Site=site, Sec_Fetch_Mode="cors")[0] == 200
+
+
+def test_every_answer_may_load_and_run_nothing_else(server: Server) -> None:
+    """Pages, files, JSON, errors, and what is said to a request that is none."""
+    assert SECURITY["Content-Security-Policy"].startswith("default-src 'none'")
+    for path in (
+        "/",
+        "/view/store",
+        "/assets/page.js",
+        "/catalog.json",
+        f"/store/{KEY}",
+        "/nowhere",
+        "/look/row/x?view=0&row=0",
+    ):
+        _, headers, _ = ask(server, path, Accept="text/html")
+        assert {name: headers[name] for name in SECURITY} == SECURITY
+    assert b"Content-Security-Policy: default-src 'none'" in raw(server, b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n")
+
+
+def test_an_address_in_a_page_stays_text(server: Server) -> None:
+    evil = quote('"><script>alert(1)</script>')
+    for path in (
+        f"/{evil}",
+        f"/view/{evil}",
+        f"/?q={evil}",
+        f"/look/row/{evil}?view=0&row=0",
+        f"/look/row/store?view={evil}&row=0",
+    ):
+        _, headers, body = ask(server, path, Accept="text/html")
+        assert b"<script>alert" not in body or headers["Content-Type"] == "application/json"
+        assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_names_that_are_no_text_stop_no_page(server: Server, sealed_store: Path) -> None:
+    """A folder's name that is not UTF-8, and a record that holds half a letter."""
+    (sealed_store / "about.json").write_text(
+        json.dumps({"data": "folder:/\ud800", "source": "\ud800", "written_with": {"a\ud800": "b\ud800"}})
+    )
+    os.rename(
+        shutil.copytree(sealed_store, sealed_store.parent / "copy"), os.fsencode(sealed_store.parent) + b"/c\xffpy"
+    )
+    for path in ("/", "/?q=folder", "/catalog.json", "/view/store", "/?q=%ff", "/view/c%ffpy", "/view/c%EDB3%BFpy"):
+        status, _, body = ask(server, path)
+        assert status in ((200,) if "view/c" not in path else (400, 404)), path
+        body.decode()
+    found = json.loads(ask(server, "/catalog.json")[2])
+    assert [store["path"] for store in found["stores"]] == ["c\\udcffpy", "store"]
 
 
 @pytest.mark.parametrize("address", ["/store/samples/%00/zarr.json", "/%00", "/a%0ab/zarr.json"])

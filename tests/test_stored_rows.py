@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hdcache.array_metadata import group_metadata, read_attributes
 from hdcache.errors import HdcacheError, InputNotFound, StoreCorrupt, UsageError
-from hdcache.integrity import teacher_ledger
+from hdcache.ledgers import teacher_ledger
 from hdcache.row_arrays import codec_of
 from hdcache.store import Store
 from hdcache.stored_rows import StoredRows

@@ -22,7 +22,7 @@ from hdcache.extract.run import extract
 from hdcache.extract.task_window import Task, TaskWindow
 from hdcache.extract.worker import Recipe, lease
 from hdcache.extract.writer import ViewWriter
-from hdcache.integrity import Ledger
+from hdcache.ledgers import Ledger
 from hdcache.reader import TeacherReader
 from hdcache.schema import Receipt
 from hdcache.store import Store

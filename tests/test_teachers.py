@@ -245,7 +245,7 @@ def test_a_teacher_stored_at_another_size_comes_back_at_that_size(tmp_path: Path
 
 def test_other_weights_are_refused_with_the_difference(tiny_store: Path, tiny: str) -> None:
     record = Store.open(tiny_store).teacher("t")
-    with pytest.raises(StoreMismatch, match=r"teacher t: .*seed=1 is not the network .*weights: .*give the original"):
+    with pytest.raises(StoreMismatch, match=r"teacher t: .*seed=1 is not the network .*weights: .*name the original"):
         reload_teacher(record, f"{tiny}&seed=1")
 
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st  # noqa: F401
 from hdcache import durable
 from hdcache.cli import cli, main
 from hdcache.draws import uniform
+from hdcache.durable import stored_object
 from hdcache.errors import HdcacheError, Interrupted, StoreCorrupt, StoreLocked, StoreMismatch, Unreachable, UsageError
-from hdcache.index import read_index
 from hdcache.integrity import verify
+from hdcache.ledgers import Ledger, read_index
 from hdcache.sharing import objects, transfer
 from hdcache.sharing.folder import Folder
 from hdcache.sharing.places import open_place
@@ -277,6 +278,12 @@ def test_a_receipt_that_says_something_else_seals_nothing(own: Path, tmp_path: P
     value = json.loads(path.read_bytes())
     value.pop("check")
     path.write_text(json.dumps(value | {"saturated": 7}))
+    with pytest.raises(StoreCorrupt, match=r"own/views/1/receipts/2.json: .*; it is not what the store lists"):
+        move(own, tmp_path / "a")
+    seal = json.loads((own / "views/1/manifest.json").read_bytes())
+    seal.pop("check")
+    seal["objects"]["views/1/receipts/2.json"] = stored_object(path.read_bytes()).model_dump()
+    (own / "views/1/manifest.json").write_text(json.dumps(seal))
     with pytest.raises(
         StoreCorrupt,
         match=r"own/views/1/manifest.json: failed rows or saturated values differ from its receipts; run 'hdcache verify'",
@@ -515,7 +522,7 @@ def test_refusals(source: Path, tmp_path: Path, command: list[str], message: str
 
 
 def test_what_was_copied_is_told(own: Path, tmp_path: Path) -> None:
-    (own / "teachers/u/views/1/manifest.json").unlink()
+    Ledger(own, "teachers/u/views/1").unseal()
     result = CliRunner().invoke(cli, ["push", str(own), str(tmp_path / "a"), "--dry-run"])
     lines = result.stdout.splitlines()
     assert lines[0].startswith("would copy 10")

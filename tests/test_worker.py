@@ -20,7 +20,7 @@ from hdcache.extract.machines import fingerprint, versions
 from hdcache.extract.run import extract
 from hdcache.extract.worker import Recipe, forget, lease, own_threads, write_shard
 from hdcache.extract.writer import ViewWriter
-from hdcache.integrity import teacher_ledger
+from hdcache.ledgers import teacher_ledger
 from hdcache.store import PIXELS, Store
 from hdcache.teachers import load_teacher
 

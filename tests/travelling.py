@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from hdcache.index import write_index
-from hdcache.integrity import Ledger, teacher_ledger, view_ledger
+from hdcache.ledgers import Ledger, teacher_ledger, view_ledger
 from hdcache.row_arrays import codec_of
 from hdcache.schema import ArrayCard
 from hdcache.store import PIXELS, Store

@@ -19,6 +19,7 @@ MODULES = (
     "durable",
     "errors",
     "geometry",
+    "held",
     "hub_datasets",
     "index",
     "info",

@@ -7,12 +7,12 @@ the entry's ``fault`` and stops nothing. Links are not followed, so that no walk
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hdcache.errors import HdcacheError, InputNotFound
-from hdcache.index import held_taps, sealed_ledgers
+from hdcache.index import held_taps, is_held, sealed_ledgers
 from hdcache.info import MADE_BY, describe_pixels, describe_teacher, views_text
 from hdcache.masks import mask_text
 from hdcache.sharing.catalogue_entries import CatalogueRecord, StoreEntry, TapEntry, TeacherEntry
@@ -160,7 +160,7 @@ def describe(root: Path, path: str) -> StoreEntry:
         teachers = []
         for name in store.teachers():
             try:
-                teachers.append(_teacher(name, describe_teacher(store, name), held_taps(store, name)))
+                teachers.append(_teacher(name, describe_teacher(store, name)))
             except (HdcacheError, OSError, ValueError) as error:
                 teachers.append(TeacherEntry(name=name, fault=reason(error)))
         return StoreEntry(
@@ -185,7 +185,7 @@ def describe(root: Path, path: str) -> StoreEntry:
         return StoreEntry(path=path, fault=reason(error))
 
 
-def _teacher(name: str, facts: Mapping[str, Any], held: Collection[str] | None) -> TeacherEntry:
+def _teacher(name: str, facts: Mapping[str, Any]) -> TeacherEntry:
     card, views = facts["card"], facts["sealed_views"]
     return TeacherEntry(
         name=name,
@@ -202,7 +202,8 @@ def _teacher(name: str, facts: Mapping[str, Any], held: Collection[str] | None) 
         unsealed=tuple(facts["unsealed_views"]),
         failed=sum(seal["failed"] for seal in views.values()),
         bytes=facts["bytes"],
-        held=None if held is None else tuple(sorted(held)),
+        held=None if facts["held"] is None else tuple(facts["held"]),
+        elsewhere=tuple(facts["elsewhere"]),
         taps=tuple(
             TapEntry(tap=tap, **{name: value for name, value in entry.items() if name in TapEntry.model_fields})
             for tap, entry in facts["taps"].items()
@@ -211,8 +212,10 @@ def _teacher(name: str, facts: Mapping[str, Any], held: Collection[str] | None) 
 
 
 def _sealed_bytes(store: Store) -> int:
-    """Bytes of every object that a seal lists, each counted once."""
+    """Bytes of every object that a seal lists and this copy has, each counted once."""
     objects: dict[str, int] = {}
     for ledger in sealed_ledgers(store):
-        objects |= {key: entry.size for key, entry in ledger.manifest().objects.items()}
+        manifest = ledger.manifest()
+        held = held_taps(store, manifest.teacher) if manifest.teacher else None
+        objects |= {key: entry.size for key, entry in manifest.objects.items() if is_held(key, manifest.teacher, held)}
     return sum(objects.values())

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hdcache.schema import FORMAT
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""Counts, sizes and numbers of views: those of a server may be anything."""
 
 
 class Entry(BaseModel):
     """A frozen part of a catalogue. That of a later version may say more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unicode(cls, value: Any) -> Any:
+        """What a file system or a hostile record has for text, and no page nor JSON can hold, is spelled out."""
+        if isinstance(value, str):
+            return value.encode("utf-8", "backslashreplace").decode()
+        if isinstance(value, Mapping):
+            return {cls._unicode(name): cls._unicode(inner) for name, inner in value.items()}
+        return [cls._unicode(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class TapEntry(Entry):
@@ -23,12 +36,12 @@ class TapEntry(Entry):
     encoding: str
     fidelity: float | None = None
     """Relative RMSE that was asked for (klt)."""
-    tokens: int = 0
-    prefix_tokens: int = 0
-    channels: int = 0
+    tokens: Count = 0
+    prefix_tokens: Count = 0
+    channels: Count = 0
     certificate: dict[str, float | None] = Field(default_factory=dict)
     """What storing it cost, measured on rows that were held out (:class:`~hdcache.schema.Certificate`)."""
-    bytes: int = 0
+    bytes: Count = 0
     smaller_than_fp16: float | None = None
     smaller_than_relation_matrices_fp16: float | None = None
 
@@ -42,28 +55,30 @@ class TeacherEntry(Entry):
     id: str = ""
     """First 16 digits of its identity's sha256."""
     architecture: str = ""
-    size: int = 0
+    size: Count = 0
     """Side of its input, pixels."""
-    frames: int | None = None
-    slots: int = 1
-    grid: tuple[int, int] = (0, 0)
-    patch_size: int = 0
-    width: int = 0
-    depth: int = 0
-    heads: int = 0
+    frames: Count | None = None
+    slots: Count = 1
+    grid: tuple[Count, Count] = (0, 0)
+    patch_size: Count = 0
+    width: Count = 0
+    depth: Count = 0
+    heads: Count = 0
     precision: str = ""
     mask: str = ""
     licence: str = ""
     source: str = ""
-    views: tuple[int, ...] = ()
+    views: tuple[Count, ...] = ()
     """Sealed ones."""
-    unsealed: tuple[int, ...] = ()
-    failed: int = 0
+    unsealed: tuple[Count, ...] = ()
+    failed: Count = 0
     """Rows of the sealed views that failed."""
-    bytes: int = 0
+    bytes: Count = 0
     taps: tuple[TapEntry, ...] = ()
     held: tuple[str, ...] | None = None
     """The taps that this copy holds the rows of, where it does not hold all."""
+    elsewhere: tuple[str, ...] = ()
+    """Taps that the store has and this copy of it does not."""
 
 
 class StoreEntry(Entry):
@@ -75,17 +90,17 @@ class StoreEntry(Entry):
     """Why it cannot be read; nothing else is known then."""
     id: str = ""
     """First 16 digits of the sha256 of what never changes about it."""
-    format: int = 0
+    format: Count = 0
     kind: str = ""
     noun: str = ""
-    samples: int = 0
-    classes: int = 0
+    samples: Count = 0
+    classes: Count = 0
     data: str = ""
     """Where the data was when the store was made."""
     views: str = ""
     """How views are drawn, in words."""
-    shorter_side: int | None = None
-    pixels: int | None = None
+    shorter_side: Count | None = None
+    pixels: Count | None = None
     """Bytes of the samples that the store keeps itself; None where it keeps none."""
     written_with: dict[str, str] = Field(default_factory=dict)
     """Versions of what wrote it."""
@@ -93,7 +108,7 @@ class StoreEntry(Entry):
     """What ``HDCACHE_MADE_BY`` said when it was made; empty where nothing did."""
     sealed: bool = False
     """Whether it holds a teacher, and every view that one of them has begun is complete."""
-    bytes: int = 0
+    bytes: Count = 0
     """Bytes of everything that is sealed."""
     teachers: tuple[TeacherEntry, ...] = ()
 
@@ -101,7 +116,7 @@ class StoreEntry(Entry):
 class CatalogueRecord(Entry):
     """What ``catalog.json`` holds."""
 
-    format: int = FORMAT
+    format: Count = FORMAT
     stores: tuple[StoreEntry, ...]
 
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from hdcache.info import held_text
 from hdcache.progress import counted, size
 from hdcache.sharing.catalogue_entries import StoreEntry, TapEntry, TeacherEntry
 
@@ -70,11 +71,12 @@ def _teacher(teacher: TeacherEntry) -> list[tuple[str, str, str, str]]:
         return [(teacher.name, f"unreadable: {teacher.fault}", "", "")]
     facts = [teacher.name, teacher.architecture, f"{teacher.size} px, {teacher.precision}"]
     facts += [f"licence {teacher.licence}", f"id {teacher.id}"]
-    held = teacher.held
-    taps = [
-        (f"{one.tap} {error_text(one)}", size(one.bytes) if held is None or one.tap in held else "not here")
-        for one in teacher.taps
-    ]
+    taps = [(f"{one.tap} {error_text(one)}", size(one.bytes)) for one in teacher.taps]
+    taps += (
+        [(part, "") for part in textwrap.wrap(plain(held_text(teacher.held or (), teacher.elsewhere)), WIDTHS[3])]
+        if teacher.elsewhere
+        else []
+    )
     views = [span(teacher.views) or "none"] + ["cut off"] * bool(teacher.unsealed)
     rows = zip_longest(facts, taps, views)
     return [(fact or "", tap[0] if tap else "", view or "", tap[1] if tap else "") for fact, tap, view in rows]

@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hdcache.dataset_rows import Dataset
-from hdcache.dataset_specs import parse
-from hdcache.datasets import store_dataset
-from hdcache.errors import HdcacheError, InputNotFound, StoreMismatch, UsageError
+from hdcache.errors import HdcacheError, InputNotFound, UsageError
 from hdcache.geometry import read_shard_geometry
 from hdcache.packed import packed_dataset
 from hdcache.reader import TeacherReader
@@ -28,6 +26,7 @@ from hdcache.relations import KINDS
 from hdcache.samples import Recorded, open_sample
 from hdcache.schema import Preprocessing, TeacherRecord
 from hdcache.sharing.colours import Colours, data_uri, map_png, png
+from hdcache.sharing.originals import open_originals
 from hdcache.store import GEOMETRY_COLUMNS, Store
 from hdcache.taps import Tokens, parse_tap
 from hdcache.targets import derivation
@@ -38,8 +37,6 @@ TOGETHER_VALUES = 1 << 24
 """Values of the tokens that share their colours, at most: fewer rows do where each is large."""
 KEPT = 4
 """Fits, decoded rows and relations of each kind that are kept in memory."""
-LOCAL = ("folder", "video", "tar", "npz", "store")
-"""Kinds of data sets that are opened where a store says they were; other libraries might reach the network."""
 SIDES = (224, 384)
 """Smallest and largest side of a picture, pixels; between them it has that of the view's box."""
 CLASSES = 5
@@ -277,21 +274,11 @@ class Look:
     def _opened(self) -> Dataset:
         if (own := packed_dataset(self.store)) is not None:
             return own
-        said = self.store.about.data
-        if not said:
-            raise InputNotFound("the store keeps no images, and does not say where its data set was")
-        if not self._originals:
+        if not self._originals and self.store.about.data:
             raise InputNotFound(
                 "the store keeps no images; those of its data set are shown with 'hdcache serve --originals'"
             )
-        if parse(said).kind not in LOCAL:
-            raise InputNotFound(
-                f"the store keeps no images, and its data set {said!r} may need the network; only local ones are opened"
-            )
-        found = store_dataset(self.store)
-        if found.card.fingerprint != self.store.card.dataset.fingerprint:
-            raise StoreMismatch(f"what is at {said!r} now is not the data set that this store was made from")
-        return found
+        return open_originals(self.store)
 
 
 def relations_of(record: TeacherRecord, tap: str) -> list[str]:

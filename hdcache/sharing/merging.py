@@ -15,11 +15,12 @@ from hdcache.index import CROISSANT, RECORDS, is_held
 from hdcache.ledgers import MANIFEST, RECEIPTS
 from hdcache.progress import size
 from hdcache.records import differences
-from hdcache.schema import StoreCard, StoredObject
+from hdcache.schema import Manifest, StoreCard, StoredObject
 from hdcache.sharing.folder import Folder
+from hdcache.sharing.held_notes import sealed_views
 from hdcache.sharing.objects import Found, Place
 from hdcache.sharing.selection import Contents, Share, Wanted, bounded_json, read_card, read_held
-from hdcache.store import ABOUT, PIXELS, is_view
+from hdcache.store import ABOUT, PIXELS
 
 SHARED = "constants and weights"
 """What a teacher's taps have together."""
@@ -73,6 +74,11 @@ class Part:
         return f"{self.ledger}/{MANIFEST}"
 
     @property
+    def view(self) -> int:
+        """The number of the view whose rows or geometry it has."""
+        return int(self.ledger.rpartition("/")[2])
+
+    @property
     def folders(self) -> list[str]:
         """Where its objects lie."""
         own = [f"teachers/{self.teacher}/encodings", f"teachers/{self.teacher}/weights"] if self.teacher else []
@@ -110,19 +116,27 @@ class Plan:
         self.contents, self.source, self.target = contents, contents.place, target
         self.report = Copied(unsealed=contents.unsealed)
         self._check_root(target.names())
-        self.teachers = {name: self._merged(name, share) for name, share in contents.choose(wanted).items()}
-        views = {int(part.ledger.rpartition("/")[2]) for merged in self.teachers.values() for part in merged.parts}
+        self._wanted, self.shares = wanted, contents.choose(wanted)
+        self.teachers: dict[str, Merged] = {}
         self.views: list[Part] = []
         """Ledgers of views, then that of kept samples."""
-        if not wanted.teachers and not wanted.views:
+        self.decide()
+
+    def decide(self, *names: str) -> None:
+        """Look at what the target has of these teachers, or of all; again where others may have written there since."""
+        for name in names or self.shares:
+            self.teachers[name] = self._merged(name, self.shares[name])
+        views = {part.view for merged in self.teachers.values() for part in merged.parts}
+        if not self._wanted.teachers and not self._wanted.views:
             views |= {*self.contents.views()}
+        self.views = []
         for view in sorted(views):
             if view not in self.contents.views():
                 raise StoreCorrupt(
                     f"{self.source.url}: rows of view {view} are sealed, the view itself is not; copy from elsewhere"
                 )
             self.views.append(self._ledger(f"views/{view}"))
-        if wanted.pixels and self.contents.pixels:
+        if self._wanted.pixels and self.contents.pixels:
             self.views.append(self._ledger(PIXELS))
 
     def _check_root(self, names: list[str]) -> None:
@@ -142,10 +156,10 @@ class Plan:
     def _merged(self, name: str, share: Share) -> Merged:
         """What a teacher will be at the target: what is wanted, and what it has there."""
         folder, key = f"teachers/{name}", f"teachers/{name}/zarr.json"
-        if not self._same(key) and (data := self.target.read(key, RECORD_BYTES)) is not None:
+        data = self.target.read(key, RECORD_BYTES)
+        if data is not None and stored_object(data) != self.contents.index[key]:
             raise self._other_teacher(name, data)
-        found = [int(view) for view in self.target.names(f"{folder}/views") if is_view(view)]
-        have = [view for view in found if self.target.size(f"{folder}/views/{view}/{MANIFEST}") is not None]
+        have = sealed_views(self.target, name)
         held = read_held(self.target, name) if have else None
         every, here = frozenset(self.contents.teachers[name].taps), self.contents.held(name)
         taps, views = share.taps, {*share.views}
@@ -153,7 +167,8 @@ class Plan:
             taps = None if held is None or taps is None or held | taps >= every else held | taps
             views |= {*have} if taps != held else set()
         for view in sorted(views):
-            lacking = (taps or every) - ((held or every) if view in have else frozenset())
+            there = frozenset() if view not in have else every if held is None else held
+            lacking = (every if taps is None else taps) - there
             sealed = view in self.contents.views(name)
             if lacking and (not sealed or (here is not None and not lacking <= here)):
                 what = (
@@ -206,14 +221,15 @@ class Plan:
         samples = self.samples()
         self._count(samples, present(self.target, ["samples"], samples))
         for part in self.parts:
-            objects = self.contents.objects(part.ledger, self.contents.manifest(part.ledger), part.taps)
-            all_of = objects | self.records(part)
+            manifest = self.contents.manifest(part.ledger)
+            objects = self.contents.objects(part.ledger, manifest, part.taps)
+            all_of = objects | self.records(part, manifest)
             new = {key: entry for key, entry in all_of.items() if key not in counted}
             counted |= {key for key in new if not key.startswith(f"{part.ledger}/")}
             self._count(new, present(self.target, part.folders, new))
             if part.teacher:
                 amounts = self.report.teachers.setdefault(part.teacher, {})
-                self.report.views.setdefault(part.teacher, []).append(int(part.ledger.rpartition("/")[2]))
+                self.report.views.setdefault(part.teacher, []).append(part.view)
                 for key in objects.keys() & new.keys():
                     amounts.setdefault(_tap(key, part.ledger), Amount()).add((new[key].size,))
             elif part.ledger == PIXELS:
@@ -225,10 +241,12 @@ class Plan:
         self.report.whole.add(entry.size for entry in objects.values())
         self.report.moved.add(entry.size for key, entry in objects.items() if key not in present)
 
-    def records(self, part: Part) -> dict[str, StoredObject]:
-        """What seals a ledger, its receipts and the record of its teacher."""
+    def records(self, part: Part, manifest: Manifest | None = None) -> dict[str, StoredObject]:
+        """What seals a ledger, and the record of its teacher; its receipts, with ``manifest`` those too that only that lists."""
         own = [f"teachers/{part.teacher}/zarr.json"] if part.teacher else []
-        return self.contents.receipts(part.ledger) | {key: self.contents.index[key] for key in (*own, part.manifest)}
+        return self.contents.receipts(part.ledger, manifest) | {
+            key: self.contents.index[key] for key in (*own, part.manifest)
+        }
 
     def samples(self) -> dict[str, StoredObject]:
         """Sample ids, labels and the records of the root, which itself is to be written after them."""

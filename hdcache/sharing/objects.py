@@ -178,6 +178,10 @@ class Place(ABC):
     def names(self, folder: str = "") -> list[str]:
         """What lies directly in a folder: folders and objects."""
 
+    def folders(self, folder: str = "") -> list[str]:
+        """Folders that lie directly in a folder."""
+        return [name for name in self.names(folder) if self.find(f"{folder}/{name}" if folder else name) is None]
+
     @abstractmethod
     def write(self, key: str, listed: StoredObject, parts: Parts, *, read_back: bool = False) -> None:
         """Create an object of what ``parts`` begins to give, as :meth:`parts` of its source proves it; then prove it here.

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import jinja2
 
+from hdcache.errors import printable
 from hdcache.progress import counted, size
 from hdcache.sharing.catalogue_entries import StoreEntry, TapEntry, TeacherEntry
 from hdcache.sharing.catalogue_text import class_count, error_text, span, state
@@ -47,6 +48,7 @@ def _templates() -> jinja2.Environment:
         loader=jinja2.FunctionLoader(_load),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -61,6 +63,11 @@ def _templates() -> jinja2.Environment:
     return made
 
 
+def _visible(value: Any) -> Any:
+    """Texts without what would change how others are read: bidirectional overrides, control characters."""
+    return printable(value) if type(value) is str else value  # not of markup, which is made here
+
+
 def quoted(path: str) -> str:
     """A store's path in an address."""
     return "" if path == "." else quote(path)
@@ -71,7 +78,7 @@ def _percent(share: float | None) -> str:
 
 
 def _page(template: str, /, **values: Any) -> bytes:
-    return _templates().get_template(template).render(**values).encode()
+    return _templates().get_template(template).render(**values).encode("utf-8", "backslashreplace")
 
 
 def catalogue_page(name: str, entries: Sequence[StoreEntry], query: str, total: int) -> bytes:
@@ -123,7 +130,7 @@ def _smaller(tap: TapEntry) -> str:
 
 def _commands(entry: StoreEntry, url: str, name: str) -> list[tuple[str, str]]:
     """What a reader of the page may want to type, each with its purpose."""
-    folder = shlex.quote(name)
+    folder = shlex.quote(f"./{name}" if name.startswith("-") else name)  # no option
     found = [
         ("Copy it to this machine", f"hdcache pull {shlex.quote(url)} {folder}"),
         ("Check every byte of the copy", f"hdcache verify {folder}"),

@@ -152,11 +152,17 @@ class Cloud(Place):
         return self._tried("listed", folder, attempt)
 
     def names(self, folder: str = "") -> list[str]:
+        return self._below(folder, True)
+
+    def folders(self, folder: str = "") -> list[str]:
+        return self._below(folder, False)
+
+    def _below(self, folder: str, files: bool) -> list[str]:
         self._must_list()
         found = self._tried(
             "listed", folder, lambda: self._call(lambda: self._reader.list_with_delimiter(folder or None))
         )
-        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"] if files)]
         # Web consoles of buckets mark a folder by an empty object of its name.
         names = {path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != folder.rstrip("/")}
         return sorted(names - {""})
@@ -238,6 +244,10 @@ class Cloud(Place):
                 self._put(key, wanted, None)
             except Conflict:
                 raise Trouble("others change it all the time", again=True) from None
+            except Trouble as trouble:
+                if trouble.missing:  # what was to be replaced is gone
+                    raise Trouble("others change it all the time", again=True) from None
+                raise
 
         self._tried("written", key, attempt)
 

@@ -14,8 +14,8 @@ from typing import Any
 from hdcache.array_metadata import GROUP_NESTED, NESTED, RECORD_BYTES, attributes_of, parse_json
 from hdcache.durable import stored_object
 from hdcache.errors import InputNotFound, StoreCorrupt, StoreMismatch, nearest
-from hdcache.index import HELD, INDEX, RECORDS, Held, Index, build_index, is_held
-from hdcache.ledgers import MANIFEST, RECEIPTS, SAMPLES_RECEIPT, Total
+from hdcache.index import HELD, RECORDS, Held, build_index, check_records, is_held
+from hdcache.ledgers import INDEX, MANIFEST, RECEIPTS, SAMPLES_RECEIPT, Index, Total, lists_receipts
 from hdcache.records import NAME
 from hdcache.schema import FORMAT, Manifest, Objects, Receipt, StoreCard, StoredObject, TeacherRecord
 from hdcache.sharing.folder import Folder
@@ -56,15 +56,17 @@ def listed_index(place: Place) -> dict[str, StoredObject]:
     ledgers = [key.removesuffix(f"/{MANIFEST}") for key in sorted(keys) if ledger_of(key) is not None]
     records = [key for key in RECORDS if key in keys]
     records += [key for key in sorted(keys) if _teacher_of_record(key)]
-    for ledger in ledgers:
-        records += [
-            key for key in sorted(keys) if key == f"{ledger}/{MANIFEST}" or key.startswith(f"{ledger}/{RECEIPTS}/")
-        ]
     found = {}
-    for key in records:
-        data = place.read(key, RECORD_BYTES)
-        if data is not None:
-            found[key] = stored_object(data)
+    for key in (*records, *(f"{ledger}/{MANIFEST}" for ledger in ledgers)):
+        if (data := place.read(key, RECORD_BYTES)) is None:
+            continue
+        found[key] = stored_object(data)
+        ledger = ledger_of(key)
+        if ledger is None or lists_receipts(data, ledger):
+            continue
+        for receipt in sorted(other for other in keys if other.startswith(f"{ledger}/{RECEIPTS}/")):
+            if (data := place.read(receipt, RECORD_BYTES)) is not None:
+                found[receipt] = stored_object(data)
     return found
 
 
@@ -191,7 +193,8 @@ class Contents:
     @staticmethod
     def _index(place: Place) -> dict[str, StoredObject]:
         if isinstance(place, Folder):
-            return dict(build_index(Store.open(place.path)).objects)
+            check_records(store := Store.open(place.path))
+            return dict(build_index(store).objects)
         found = read_index(place)
         if found is None and not place.listable:
             raise InputNotFound(
@@ -234,9 +237,10 @@ class Contents:
         """Whether it has its samples, sealed."""
         return f"{PIXELS}/{MANIFEST}" in self.index
 
-    def receipts(self, ledger: str) -> dict[str, StoredObject]:
-        """Receipts of a sealed ledger."""
-        return {key: entry for key, entry in self.index.items() if key.startswith(f"{ledger}/{RECEIPTS}/")}
+    def receipts(self, ledger: str, manifest: Manifest | None = None) -> dict[str, StoredObject]:
+        """Receipts of a sealed ledger: those that its manifest lists, and those that the index lists instead."""
+        listed = self.index if manifest is None else self.index | manifest.objects
+        return {key: entry for key, entry in listed.items() if key.startswith(f"{ledger}/{RECEIPTS}/")}
 
     def manifest(self, ledger: str) -> Manifest:
         """The seal of a ledger; :class:`StoreCorrupt` where it is not this store's, or lists what is not its own."""
@@ -249,6 +253,8 @@ class Contents:
         sealed = found.format, found.teacher, found.view, found.identity, found.rows
         if sealed != (self.card.format, teacher, view, identity, self.card.dataset.count):
             raise StoreCorrupt(f"{where}: the seal of another ledger or store; do not use this store")
+        shards = -(-self.card.dataset.count // self.card.rows_per_shard)
+        receipts = {f"{ledger}/{RECEIPTS}/{shard}.json" for shard in range(min(shards, len(found.objects)))}
         for name, entry in found.objects.items():
             checked_key(name, where)
             if name in self.index:
@@ -259,18 +265,20 @@ class Contents:
                 own = own and inner not in (HELD, ABOUT)
             else:
                 own = name.startswith(f"{ledger}/")
-            if not own or name.startswith(f"{ledger}/{RECEIPTS}/"):
+            if not own or (name.startswith(f"{ledger}/{RECEIPTS}/") and name not in receipts):
                 raise StoreCorrupt(
                     f"{where}: lists {name}, which is not its own or lies elsewhere too; do not use this store"
                 )
         return found
 
     def objects(self, ledger: str, manifest: Manifest, taps: frozenset[str] | None) -> dict[str, StoredObject]:
-        """What a manifest lists beside records that the index lists too, of the taps that are meant."""
+        """What a manifest lists beside receipts, and records that the index lists too, of the taps that are meant."""
         return {
             key: entry
             for key, entry in manifest.objects.items()
-            if key not in self.index and is_held(key, manifest.teacher, taps)
+            if key not in self.index
+            and not key.startswith(f"{ledger}/{RECEIPTS}/")
+            and is_held(key, manifest.teacher, taps)
         }
 
     def choose(self, wanted: Wanted) -> dict[str, Share]:

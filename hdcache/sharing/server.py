@@ -13,20 +13,20 @@ import logging
 import os
 import re
 import socket
-import socketserver
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import BinaryIO
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from hdcache.errors import HdcacheError, UsageError
 from hdcache.sharing import pages
 from hdcache.sharing.catalogue import DEPTH, Catalogue
+from hdcache.sharing.connections import PATIENCE, BoundedServer
 from hdcache.sharing.site import Answer, Site, failure
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ SECURITY = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 SILENCE = 60.0
-"""Seconds that a connection may be silent."""
+"""Seconds in which some of an answer has to be taken."""
+PART = 1 << 16
+"""Bytes of an answer that are sent at a time."""
 
 
 def is_loopback(host: str) -> bool:
@@ -60,13 +62,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make_server(catalogue: Catalogue, host: str, port: int, *, originals: bool = False) -> Server:
+def make_server(
+    catalogue: Catalogue, host: str, port: int, *, originals: bool = False, patience: float = PATIENCE
+) -> Server:
     """A server that is bound and not yet started; port 0 takes a free one.
 
     Parameters
     ----------
     originals
         whether pages may show images from where a store says its data set was: no seal covers what it says there.
+    patience
+        seconds in which the head of a request has to come.
 
     Raises
     ------
@@ -76,7 +82,7 @@ def make_server(catalogue: Catalogue, host: str, port: int, *, originals: bool =
     local = is_loopback(host)
     site = Site(catalogue, originals=originals)
     try:
-        return Server(host, port, site, local)
+        return Server(host, port, site, local, patience)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
@@ -84,23 +90,31 @@ def make_server(catalogue: Catalogue, host: str, port: int, *, originals: bool =
         ) from None
 
 
-class Server(ThreadingHTTPServer):
-    """Answers each connection in a thread of its own."""
+def _opened(root: str, parts: Sequence[str]) -> int:
+    """A descriptor of ``root/parts``, by way of no link, not even of one that is put there meanwhile."""
+    # Not blocking: a pipe may lie there, which nobody writes to.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if os.open not in os.supports_dir_fd:
+        return os.open(os.path.join(root, *parts), flags)
+    folder = os.open(root, os.O_RDONLY)
+    for part in parts:
+        try:
+            inner = os.open(part, flags, dir_fd=folder)
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
 
-    daemon_threads = True
-    request_queue_size = 128
 
-    def __init__(self, host: str, port: int, site: Site, local: bool) -> None:
+class Server(BoundedServer):
+    """The pages and the files of one catalogue."""
+
+    def __init__(self, host: str, port: int, site: Site, local: bool, patience: float = PATIENCE) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.site, self.local = site, local
-        super().__init__((host, port), Handler)
+        super().__init__((host, port), Handler, patience)
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self.server_address[1]}"
-
-    def server_bind(self) -> None:
-        # HTTPServer's own asks a name server who we are, which may take seconds, for a name that nothing here uses.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = "hdcache", int(self.server_address[1])
 
     def handle_error(self, request: object, client_address: object) -> None:
         error = sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]
@@ -133,6 +147,16 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse_method
         raise AttributeError(name)
 
+    def handle_one_request(self) -> None:
+        self.server.waits(self.connection)
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        if super().parse_request() and self.server.answers(self.connection):
+            return True
+        self.close_connection = True
+        return False
+
     def do_GET(self) -> None:
         self._answer()
 
@@ -144,9 +168,10 @@ class Handler(BaseHTTPRequestHandler):
         self._fail(405, "this server is only read from", {"Allow": "GET, HEAD"})
 
     def _answer(self) -> None:
-        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+        lengths = self.headers.get_all("Content-Length", [])
+        if any(length != "0" for length in lengths) or "Transfer-Encoding" in self.headers:
             self.close_connection = True  # its body is not read
-        host = self.headers.get("Host", "")
+        host = ",".join(self.headers.get_all("Host", []))  # of two, one would be checked and the other be meant
         if (fault := self._host_fault(host)) is not None:
             self._fail(*fault)
             return
@@ -181,6 +206,9 @@ class Handler(BaseHTTPRequestHandler):
         # A page elsewhere may have its own name point here, and would then be allowed to read the answers.
         if self.server.local and not is_loopback(match[1].strip("[]")):
             return 421, "this server answers requests for this machine alone; open it as localhost"
+        # What another site's page asks for without its reader: it could read nothing, and must not give us work.
+        if self.headers.get("Sec-Fetch-Site") == "cross-site" and self.headers.get("Sec-Fetch-Mode") != "navigate":
+            return 403, "this server does not answer what pages of other sites ask for"
         return None
 
     # Files of stores
@@ -196,12 +224,12 @@ class Handler(BaseHTTPRequestHandler):
                 break
         else:
             return None
-        full = os.path.join(os.path.realpath(catalogue.root), *parts)
-        if any(part in ("", ".", "..") or part.startswith(".") for part in parts) or os.path.realpath(full) != full:
+        root = os.path.realpath(catalogue.root)
+        full = os.path.join(root, *parts)
+        if any(not part or part.startswith(".") for part in parts) or os.path.realpath(full) != full:
             return None
         try:
-            # Not blocking: a pipe may lie there, which nobody writes to.
-            number = os.open(full, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            number = _opened(root, parts)
         except (OSError, ValueError):
             return None
         if not stat.S_ISREG(os.fstat(number).st_mode):
@@ -255,7 +283,9 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, answer: Answer) -> None:
         self._head(answer.status, {"Content-Type": answer.type, "Cache-Control": answer.cache}, len(answer.body))
         if self.command != "HEAD":
-            self.wfile.write(answer.body)
+            # Each part has its time: together they may take as long as whoever takes them needs.
+            for start in range(0, len(answer.body), PART):
+                self.wfile.write(answer.body[start : start + PART])
 
     def _fail(
         self, status: int, message: str, headers: dict[str, str] | None = None, *, wants_json: bool = False
@@ -266,7 +296,10 @@ class Handler(BaseHTTPRequestHandler):
         elif "text/html" in self.headers.get("Accept", ""):
             body, kind = pages.error_page(status, reason, message), "text/html; charset=utf-8"
         else:
-            body, kind = f"{status} {reason}: {message}\n".encode(), "text/plain; charset=utf-8"
+            body, kind = (
+                f"{status} {reason}: {message}\n".encode("utf-8", "backslashreplace"),
+                "text/plain; charset=utf-8",
+            )
         self._head(status, {"Content-Type": kind, "Cache-Control": "no-store", **(headers or {})}, len(body))
         if self.command != "HEAD":
             self.wfile.write(body)

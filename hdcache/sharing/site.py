@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hdcache.errors import HdcacheError, InputNotFound, UsageError
+from hdcache.errors import HdcacheError, InputNotFound, UsageError, printable
 from hdcache.sharing import pages
 from hdcache.sharing.catalogue import CATALOGUE_FILE, Catalogue
 from hdcache.sharing.catalogue_entries import select
@@ -105,7 +105,8 @@ class Site:
             head = None if query.get("head", "mean") == "mean" else _number(query, "head")
             token, kind = _number(query, "token"), query.get("kind", "")
             found = look.relation(query.get("teacher", ""), query.get("tap", ""), view, row, token, kind, head)
-        return Answer(json.dumps(found, allow_nan=False).encode(), "application/json")
+        shown = {name: printable(value) if isinstance(value, str) else value for name, value in found.items()}
+        return Answer(json.dumps(shown, allow_nan=False).encode(), "application/json")
 
     def _opened(self, path: str) -> Look:
         from hdcache.sharing.look import Look

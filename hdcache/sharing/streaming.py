@@ -22,7 +22,8 @@ import filelock
 from hdcache.array_metadata import parse_json, read_json, read_record
 from hdcache.durable import durable_write, stored_object
 from hdcache.errors import StoreCorrupt
-from hdcache.index import CROISSANT, HELD, Held, Index
+from hdcache.index import CROISSANT, HELD, Held
+from hdcache.ledgers import Index
 from hdcache.object_files import ObjectFiles
 from hdcache.progress import size
 from hdcache.records import canonical_json

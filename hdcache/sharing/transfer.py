@@ -21,12 +21,14 @@ from hdcache import stopping
 from hdcache.array_metadata import RECORD_BYTES
 from hdcache.croissant import croissant_json
 from hdcache.durable import stored_object
-from hdcache.errors import Interrupted, StoreCorrupt, StoreMismatch, UsageError
-from hdcache.index import CROISSANT, HELD, INDEX, Held, Index, write_index
-from hdcache.ledgers import total_of
+from hdcache.errors import Interrupted, StoreCorrupt, StoreLocked, StoreMismatch, UsageError
+from hdcache.index import CROISSANT, HELD, write_index
+from hdcache.leases import check_held
+from hdcache.ledgers import INDEX, Index, total_of
 from hdcache.progress import Progress, counted, size
 from hdcache.schema import Receipt, StoredObject
 from hdcache.sharing.folder import Folder
+from hdcache.sharing.held_notes import Changed, HeldNote, note_of
 from hdcache.sharing.merging import Copied, Merged, Part, Plan, present
 from hdcache.sharing.objects import Found, Place
 from hdcache.sharing.selection import (
@@ -42,6 +44,8 @@ from hdcache.sharing.selection import (
 from hdcache.store import ABOUT, PIXELS, ROOT_LOCK, About, Store
 
 MOST_PARALLEL = 64
+ROUNDS = 16
+"""How often what is to be copied is decided anew, when others change what a bucket has of a teacher."""
 _ABOUT_BYTES = 1 << 20
 
 
@@ -102,6 +106,7 @@ class _Copy:
         self._counting, self._abandoned = threading.Lock(), threading.Event()
         self._shared: set[str] = set()
         """What was copied with an earlier view: constants, weights, the teacher's record."""
+        self._done: set[str] = set()
 
     def run(self) -> None:
         """Copy all of the plan, what seals last."""
@@ -118,12 +123,23 @@ class _Copy:
                 names = [*self._plan.teachers] + [PIXELS] * any(part.ledger == PIXELS for part in self._plan.views)
                 for name in names:
                     held.enter_context(store.lock(name))
-            for part in self._plan.views:
+                self._plan.decide()  # until now others may have written there
+            self._views()
+            for name in self._plan.shares:
+                self._note(f"teachers/{name}/{ABOUT}")
+                if isinstance(self._target, Folder):
+                    self._teacher(name, self._plan.teachers[name])
+                else:
+                    self._teacher_among_others(name)
+        self._index()
+
+    def _views(self) -> None:
+        """Ledgers that are no teacher's, each once."""
+        for part in self._plan.views:
+            if part.ledger not in self._done:
                 with self._view_lock(part):
                     self._ledger(part)
-            for name, merged in self._plan.teachers.items():
-                self._teacher(name, merged)
-        self._index()
+                self._done.add(part.ledger)
 
     def _root_lock(self) -> AbstractContextManager[object]:
         if not isinstance(self._target, Folder):
@@ -140,9 +156,8 @@ class _Copy:
         return filelock.FileLock(self._target.path / folder / f".{view}.lock")
 
     def _teacher(self, name: str, merged: Merged) -> None:
-        self._note(f"teachers/{name}/{ABOUT}")
-        note = None if merged.taps is None else Held(taps=tuple(sorted(merged.taps))).canonical()
-        key = f"teachers/{name}/{HELD}"
+        """A teacher in a folder, whose lease is held."""
+        key, note = f"teachers/{name}/{HELD}", note_of(merged.taps)
         # A copy never says that it has more than it has.
         if not merged.begun:
             self._target.replace(key, lambda _: note, RECORD_BYTES)
@@ -151,19 +166,38 @@ class _Copy:
         if merged.begun:
             self._target.replace(key, lambda _: note, RECORD_BYTES)
 
-    def _ledger(self, part: Part) -> None:
+    def _teacher_among_others(self, name: str) -> None:
+        """A teacher in a bucket, to which others may push at the same time."""
+        note = HeldNote(self._target, name, frozenset(self._contents.teachers[name].taps), self._plan.shares[name].taps)
+        for _ in range(ROUNDS):
+            with suppress(Changed):
+                self._plan.decide(name)
+                self._views()
+                merged = self._plan.teachers[name]
+                if not merged.begun:
+                    note.begin(merged.taps)
+                for part in merged.parts:
+                    self._ledger(part, note)
+                note.end(merged.taps, [part.view for part in merged.parts])
+                return
+        raise StoreLocked(
+            f"{self._target.url}: others change what it has of teacher {name!r} all the time; run the same command again "
+            "when they are done"
+        )
+
+    def _ledger(self, part: Part, note: HeldNote | None = None) -> None:
         manifest = self._contents.manifest(part.ledger)
         objects = self._contents.objects(part.ledger, manifest, part.taps)
         wanted, records = (
             {key: entry for key, entry in of.items() if key not in self._shared}
-            for of in (objects, self._plan.records(part))
+            for of in (objects, self._plan.records(part, manifest))
         )
         there = present(self._target, part.folders, wanted | records)
         self._objects(wanted, there, part)
         self._shared |= {key for key in wanted | records if not key.startswith(f"{part.ledger}/")}
         seal = {part.manifest: records.pop(part.manifest)}
         self._objects(records, there, part)
-        receipts = self._contents.receipts(part.ledger)
+        receipts = self._contents.receipts(part.ledger, manifest)
         # Read once more, where they are read fastest.
         place = self._target if isinstance(self._target, Folder) else self._source
         found = []
@@ -174,6 +208,10 @@ class _Copy:
             raise StoreCorrupt(
                 f"{self._source.url}/{part.manifest}: {faults[0]}; run 'hdcache verify' where the store was made"
             )
+        if note is not None:
+            note.check(part.taps)
+        if isinstance(self._target, Folder):
+            check_held(self._target.path)
         self._objects(seal, there, part)
 
     def _objects(
