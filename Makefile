@@ -44,7 +44,7 @@ types: $(VENV)/.hdcache-test ## mypy, strict
 	@MYPY="$(abspath $(BIN)/mypy)" bash .ci/typecheck
 
 # Every script under benchmarks/ that has a quick form; a test keeps this list whole.
-BENCHMARKS := decode epoch extract knn loader scale size startup streaming students workers
+BENCHMARKS := decode epoch extract knn loader remote scale size startup students workers
 
 # What one of them finds is not lost when another fails.
 bench: $(VENV)/.hdcache-bench ## the quick forms of all benchmarks, a table each, into bench-out/

@@ -376,9 +376,9 @@ def test_make_bench_runs_every_script_that_has_a_quick_form() -> None:
 
 
 @pytest.mark.slow
-def test_streaming_is_compared_with_a_folder(tmp_path: Path) -> None:
-    printed = call("streaming.py", "--quick", "--rows=512", f"--out={tmp_path / 'out'}")
-    found = json.loads((tmp_path / "out" / "streaming.json").read_text())
+def test_a_remote_store_is_compared_with_a_folder(tmp_path: Path) -> None:
+    printed = call("remote.py", "--quick", "--rows=512", f"--out={tmp_path / 'out'}")
+    found = json.loads((tmp_path / "out" / "remote.json").read_text())
     ways = ["folder", "download alone", "streamed, first epoch", "streamed, later epochs", "streamed, small cache"]
     assert list(found["seconds"]) == [*ways, "pulled first, first epoch"]
     assert all(seconds > 0 for seconds in found["seconds"].values())

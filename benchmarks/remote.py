@@ -1,12 +1,12 @@
 """Samples a second of a store at a URL, beside the same store in a folder, and beside nothing but its download.
 
-    python benchmarks/streaming.py --out DIR            # 4,096 rows of [257, 384]: about five minutes
-    python benchmarks/streaming.py --out DIR --quick
+    python benchmarks/remote.py --out DIR            # 4,096 rows of [257, 384]: about five minutes
+    python benchmarks/remote.py --out DIR --quick
 
 The store is served by ``hdcache serve`` on this machine, over HTTP: no network is measured, but all that reading through the
 cache costs, and a server on the same cores. Contenders take turns, three rounds, the best of each counts; the first epoch
 begins with an empty cache, the second finds all of it. *Pulled first* is ``hdcache pull`` and then an epoch. *Small cache*
-holds a quarter of what an epoch reads. Prints one table and writes DIR/streaming.json.
+holds a quarter of what an epoch reads. Prints one table and writes DIR/remote.json.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main() -> None:
         f"\nan epoch reads {needed / 1e6:.1f} MB; a cache of a quarter of it fetched {fetched['small']:.2f} times as much"
     )
     facts = {"rows": count, "bytes": needed, "seconds": best, "fetched_small": fetched["small"]}
-    (asked.out / "streaming.json").write_text(json.dumps(facts, indent=1))
+    (asked.out / "remote.json").write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":
