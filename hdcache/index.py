@@ -150,22 +150,31 @@ def _teacher(key: str) -> str:
 
 
 def check_records(store: Store, teachers: Iterable[str] | None = None) -> None:
-    """:class:`StoreCorrupt` names the first of the :func:`lost_records`, or the store's own record where it is another."""
+    """:class:`StoreCorrupt` names the first of the :func:`lost_records`, or a record of the store that is another or gone."""
+    _check_samples(store)
     known = read_index(store.path)
-    root = None if known is None else known.objects.get("zarr.json")
-    if root is not None and stored_object(read_record(store.path / "zarr.json")) != root:
-        raise StoreCorrupt(
-            f"{store.path}/zarr.json: not the record that {INDEX} lists; take it from a copy: hdcache repair "
-            f"{store.path} --from COPY"
-        )
+    for key in ("zarr.json", SAMPLES_RECEIPT):
+        listed = None if known is None else known.objects.get(key)
+        if listed is not None and stored_object(read_record(store.path / key)) != listed:
+            raise StoreCorrupt(
+                f"{store.path}/{key}: not the record that {INDEX} lists; take it from a copy: hdcache repair {store.path} --from COPY"
+            )
     for key in lost_records(store, teachers):
         raise StoreCorrupt(
             f"{store.path}/{key}: {LOST}; 'hdcache repair {store.path}' says how to get it back (if you removed it, delete {INDEX} too)"
         )
 
 
+def _check_samples(store: Store) -> None:
+    if not (store.path / SAMPLES_RECEIPT).is_file():
+        raise StoreCorrupt(
+            f"{store.path}/{SAMPLES_RECEIPT}: missing, which every store has; take it from a copy: hdcache repair {store.path} --from COPY"
+        )
+
+
 def check_seal(store: Store, ledger: str) -> None:
-    """:class:`StoreCorrupt` where a ledger is not sealed and the index lists its seal."""
+    """:class:`StoreCorrupt` where a ledger is not sealed and the index lists its seal, or the list of samples is gone too."""
+    _check_samples(store)
     if f"{ledger}/{MANIFEST}" in _missing(store.path):
         raise StoreCorrupt(
             f"{store.path}/{ledger}/{MANIFEST}: {LOST}; 'hdcache repair {store.path}' says how to get it back"

@@ -63,7 +63,7 @@ def verify(store: Store, *, quick: bool = False, progress: Callable[[int, int], 
             progress(done, total)
     with suppress(StoreCorrupt):  # the index is looked at below
         result.faults += [f"{store.path}/{key}: {LOST}" for key in lost_records(store)]
-    _check_index(store, sizes, listed, result, quick=quick)
+    _check_index(store, sizes, listed, result)
     signs = (".lock", ".owner", LEASE)
     for key in sizes:
         name = key.rpartition("/")[2]
@@ -125,9 +125,7 @@ def _ledgers(root: Path) -> list[str]:
     return own + [f"{key}/{name}" for key in keys for name in _folders(root / key) if is_view(name)]
 
 
-def _check_index(
-    store: Store, sizes: Mapping[str, int | None], listed: Collection[str], result: Verification, *, quick: bool
-) -> None:
+def _check_index(store: Store, sizes: Mapping[str, int | None], listed: Collection[str], result: Verification) -> None:
     """Compare ``index.json`` with the records that it alone lists: of some of them nothing else says what they were."""
     where = store.path / INDEX
     if not where.is_file():
@@ -137,7 +135,7 @@ def _check_index(
     # Who seals meanwhile has changed records and the index after them: neither is damaged.
     for look in (sizes.get, *[lambda key: file_size(f"{store.path}/{key}")] * 4):
         before, found = read_record(where), Verification(faults=list(result.faults))
-        _compare_index(store, look, listed, found, quick=quick)
+        _compare_index(store, look, listed, found)
         same = look != sizes.get and (not where.is_file() or read_record(where) == before)
         if same or len(found.faults) == len(result.faults):
             break
@@ -145,7 +143,7 @@ def _check_index(
 
 
 def _compare_index(
-    store: Store, size_of: Callable[[str], int | None], listed: Collection[str], result: Verification, *, quick: bool
+    store: Store, size_of: Callable[[str], int | None], listed: Collection[str], result: Verification
 ) -> None:
     where = store.path / INDEX
     try:
@@ -176,7 +174,7 @@ def _compare_index(
     for key, expected in index.objects.items():
         path = f"{store.path}/{key}"
         if key not in listed and path not in named and not key.startswith(tuple(other)):
-            _check_object(path, size_of(key), expected, records, quick=quick)
+            _check_object(path, size_of(key), expected, records, quick=False)
 
 
 def _partial_copies(store: Store, result: Verification) -> list[tuple[str, frozenset[str]]]:

@@ -174,15 +174,17 @@ class Store:
         return _lasting(self.card).digest()[:16]
 
     def _sample_array(self, name: str, count: int | None, dtype: str) -> NDArray[np.generic]:
-        listed = Receipt.parse(
-            read_json(self.path / "samples" / "receipt.json"), self.path / "samples" / "receipt.json"
-        ).objects
+        path = self.path / "samples" / "receipt.json"
+        listed = Receipt.parse(read_json(path), path).objects
         if count is None:
             chunk = listed.get(f"{name}/c.0")
             if chunk is None:
-                raise StoreCorrupt(f"{self.path}/samples/receipt.json: {name} is not listed")
+                raise StoreCorrupt(f"{path}: {name} is not listed")
             count = chunk.size - 4  # one byte a value, and the crc32c
-        return ArrayReader(self.files.below("samples"), name, (count,), dtype, listed, None).rows(0, count)
+        try:
+            return ArrayReader(self.files.below("samples"), name, (count,), dtype, listed, None).rows(0, count)
+        except StoreCorrupt as error:
+            raise StoreCorrupt(f"{error}; or {path}, which lists it, is another's") from None
 
     def check_count(self) -> None:
         """:class:`StoreCorrupt` unless the ids take as many bytes as the record says that there are samples.
@@ -221,9 +223,7 @@ class Store:
         """int64 [samples], an index into ``card.dataset.classes``, -1 where there is none."""
         found = self._sample_array("label", self.card.dataset.count, "int64").astype(np.int64)
         if not ((found >= -1) & (found < len(self.card.dataset.classes))).all():
-            raise StoreCorrupt(
-                f"{self.path}/samples/label: does not fit the classes of the store; copy the store again"
-            )
+            raise StoreCorrupt(f"{self.path}/samples/label: does not fit the store's classes; copy the store again")
         return found
 
     def teachers(self) -> list[str]:
