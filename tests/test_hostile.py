@@ -727,7 +727,7 @@ def test_labels_of_no_class(value: int, root: Path, probe: Probe) -> None:
     labels = np.frombuffer(path.read_bytes()[:-4], "<i8").copy()
     labels[3] = value
     put(root, "samples/label/c.0", sealed(labels.tobytes()))
-    probe.refused(root, "does not fit the store.s classes")
+    probe.refused(root, "does not fit the store's classes")
 
 
 @pytest.mark.parametrize("value", some([b"\xff\xff", b"\x00\x00", b"\x01\x00"]))
